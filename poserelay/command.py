@@ -1,0 +1,162 @@
+"""One command line for every stage: YAML file, dotted overrides, help from the dataclasses. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from .errors import UserError, exit_code
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise UserError(message)
+
+
+def parse(config_class: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """Read `--config FILE` and dotted overrides into the frozen dataclass `config_class`.
+
+    Raises UserError for an unknown field (with the nearest name), a value of the wrong type, a missing required field,
+    and every ValueError of a `__post_init__`; SystemExit(0) after `--help` and `--print_config`.
+    """
+    parser = _Parser(prog=f"python -m {prog}", allow_abbrev=False, description=(config_class.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class, None)
+    files = _config_files(argv)
+    for file in files:
+        _check_yaml(file)
+    try:
+        namespace = parser.parse_args(list(argv))
+        fields = {f.name: getattr(parser.instantiate(namespace), f.name) for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
+        return config_class(**fields)
+    except UserError as error:
+        raise UserError(_explain(str(error), config_class, argv, files)) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{', '.join(map(str, files)) or 'command line'}: {error}") from error
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A dataclass as nested plain dicts and lists, as written to config.yaml and into hand-off files."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def run_commands(
+    argv: Sequence[str] | None, prog: str, commands: Mapping[str, tuple[type, Callable[[Any], object]]]
+) -> int:
+    """Dispatch `prog NAME ...` to (config class, function) and return the exit code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m {prog} COMMAND ...   (python -m {prog} COMMAND --help lists its fields)\n")
+        for name, (config_class, _) in commands.items():
+            print(f"  {name:<16}{(config_class.__doc__ or '').strip().splitlines()[0]}")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        print(f"error: {prog} has no command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)
+        return 2
+    config_class, function = commands[name]
+    return run_command(rest, f"{prog} {name}", config_class, function)
+
+
+def run_command(argv: Sequence[str] | None, prog: str, config_class: type, function: Callable[[Any], object]) -> int:
+    """Parse `argv` and call `function(config)`; return the exit code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return exit_code(lambda: function(parse(config_class, arguments, prog)))
+    except SystemExit as stop:  # --help and --print_config
+        return int(stop.code or 0)
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    return [Path(f) for f in files + [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]]
+
+
+def _check_yaml(file: Path) -> None:
+    """Errors that the parser would report without the line: absent, not YAML, not a mapping, a key given twice."""
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {file}: not a text file; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{file}: expected fields (name: value), found {'nothing' if node is None else node.value!r}")
+    seen: dict[str, int] = {}
+    for key, line in _yaml_keys(node):
+        if key in seen:
+            raise UserError(f"{file}:{line}: field {key!r} is given twice (first on line {seen[key]}); keep one")
+        seen[key] = line
+
+
+def _yaml_keys(node: yaml.Node, prefix: str = "") -> list[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    keys = []
+    for key, value in node.value:
+        name = prefix + str(key.value)
+        keys += [(name, key.start_mark.line + 1), *_yaml_keys(value, name + ".")]
+    return keys
+
+
+def _field_names(config_class: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, through nested and optional dataclasses."""
+    names = []
+    for name, hint in get_type_hints(config_class).items():
+        names.append(prefix + name)
+        for part in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                names += _field_names(part, f"{prefix}{name}.")
+    return names
+
+
+def _explain(message: str, config_class: Any, argv: Sequence[str], files: Sequence[Path]) -> str:
+    """Turn a parser message into `file:line: field ...: what was found; nearest name`."""
+    text = " ".join(line.strip() for line in message.splitlines() if line.strip() and "--help" not in line)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
+    unknown = re.search(
+        r"(?i)unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '([\w.]+)'"
+        r"|(?:Key|Option|Subkey) '([\w.]+)' is not (?:accepted|expected)",
+        text,
+    )
+    known = re.search(r"Parser key [\"']([\w.]+)[\"']:?\s*", text)
+    if not unknown and not known:
+        return text
+    field = ".".join(part for part in (unknown or known).groups() if part)  # pyright: ignore[reportOptionalMemberAccess]
+    keys = [("", argument[2:].split("=")[0]) for argument in argv if argument.startswith("--")]
+    keys += [(f"{file}:{line}: ", key) for file in files for key, line in _yaml_keys(_compose(file))]
+    # Inside an optional dataclass the parser names only the last part of the key.
+    match = [item for item in keys if item[1] == field] or [item for item in keys if item[1].endswith("." + field)]
+    where, field = match[0] if match else ("", field)
+    if not unknown:
+        return f"{where}field {field!r}: {text[known.end() :] if known else text}"
+    near = difflib.get_close_matches(field, _field_names(config_class), n=1, cutoff=0.5)
+    return f"{where}unknown field {field!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help for the fields")
+
+
+def _compose(file: Path) -> yaml.Node:
+    node = yaml.compose(file.read_text(encoding="utf-8"))
+    assert node is not None, "checked by _check_yaml"
+    return node
