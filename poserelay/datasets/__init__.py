@@ -1,0 +1,1 @@
+"""Datasets: annotated persons as top-down crops, and pictures without annotations."""

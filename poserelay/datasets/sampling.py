@@ -1,0 +1,166 @@
+"""Which sample comes when and with which random draws, from (seed, epoch, index, view) alone; and reading of pictures.
+
+Nothing here keeps random state, so the number of workers changes nothing and a resumed run needs only its step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Literal, Protocol, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import UnreadableImage, UserError
+
+Item = TypeVar("Item", covariant=True)
+Draws = Callable[[int], np.random.Generator]
+"""View number -> fresh generator of that view's draws."""
+
+_ORDER_VIEW = 2**64 - 1
+
+
+def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
+    """A fresh generator of the draws of one view of one sample in one epoch.
+
+    Philox keyed by the seed, its counter starting at (0, view, index, epoch): the lowest word counts the draws, so the
+    streams cannot overlap.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=np.array([0, view, index, epoch], dtype=np.uint64)))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order in which an epoch visits the samples: a read-only permutation of 0..length-1."""
+    order = draw_generator(seed, epoch, 0, _ORDER_VIEW).permutation(length)
+    order.flags.writeable = False
+    return order
+
+
+def steps_per_epoch(length: int, global_batch: int) -> int:
+    """Whole global batches in `length` samples, at least one (the rest of an epoch's order is left out)."""
+    return max(1, length // global_batch)
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler over a whole run: step -> this rank's list of (epoch, position in the epoch's order).
+
+    A global batch is `batch_size * world` consecutive positions, of which each rank takes its consecutive share, so
+    `world` processes see together what one process with the whole batch would. Positions wrap where a batch is larger
+    than the set. One loader serves the run; resuming is `start_step`.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, total_steps: int, *, rank: int = 0, world: int = 1, start_step: int = 0
+    ) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.rank = rank
+        self.world = world
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        global_batch = self.batch_size * self.world
+        per_epoch = steps_per_epoch(self.length, global_batch)
+        for step in range(self.start_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, per_epoch)
+            first = step_in_epoch * global_batch + self.rank * self.batch_size
+            yield [(epoch, position % self.length) for position in range(first, first + self.batch_size)]
+
+
+class Source(Protocol[Item]):
+    """What can be drawn from; `sample` raises UnreadableImage for a picture that cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, generator: Draws) -> Item: ...
+
+
+class TrainingDraws(Dataset[tuple[Item, list[str]]]):
+    """Maps (epoch, position) of `EpochBatches` to (item, messages of the unreadable pictures it stands in for).
+
+    An unreadable picture is replaced by the next readable one in the epoch's order.
+
+    Raises:
+        UserError: no picture of the source can be read.
+    """
+
+    def __init__(self, source: Source[Item], seed: int) -> None:
+        self.source = source
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Item, list[str]]:
+        epoch, position = key
+        length = len(self.source)
+        order = epoch_order(self.seed, epoch, length)
+        replaced: list[str] = []
+        for offset in range(length):
+            index = int(order[(position + offset) % length])
+            try:
+                return self.source.sample(index, partial(draw_generator, self.seed, epoch, index)), replaced
+            except UnreadableImage as error:
+                replaced.append(str(error))
+        raise UserError(f"none of the {length} training pictures can be read; the first: {replaced[0]}")
+
+
+def read_image(path: str | os.PathLike[str], orientation: Literal["ignore", "exif"] = "ignore") -> np.ndarray:
+    """Decode a picture to RGB uint8 `[H, W, 3]`; grey, palette, RGBA, CMYK and 16-bit pictures are converted.
+
+    Annotations made on the stored pixels need orientation "ignore" (COCO, HRNet); "exif" turns the picture upright.
+
+    Raises:
+        UnreadableImage: missing, empty, truncated, or not a picture.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UnreadableImage(path, error.strerror or str(error)) from None
+    if not data:
+        raise UnreadableImage(path, "the file is empty")
+    if _is_truncated(data):
+        raise UnreadableImage(path, "the file is truncated")
+    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "ignore" else 0)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    except cv2.error as error:
+        raise UnreadableImage(path, f"cannot be decoded ({error.err})") from None
+    if image is None:
+        raise UnreadableImage(path, "not a picture, or damaged")
+    return image
+
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def _is_truncated(data: bytes) -> bool:
+    """Whether a JPEG lacks its end: some versions of OpenCV fill what is missing with grey and only warn."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return False
+    # The end marker is not the last thing: it may be followed by other bytes, and an embedded thumbnail has one of its
+    # own, so walk the segments, skipping each by its length and the entropy-coded data after a scan's header.
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        if match.group() == b"\xff\xd9":
+            return False
+        start = match.end()
+        position = start + int.from_bytes(data[start : start + 2], "big")
+    return True
+
+
+def worker_init(worker: int) -> None:
+    """`worker_init_fn` of every loader: one thread per worker process."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
