@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightly.transforms.moco_transform import MoCoV2Transform
+from PIL import Image, ImageFilter
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from poserelay.datasets.sampling import draw_generator
+from pretrain.views import TwoViews, ViewDraw, blur_kernel, draw_crop, draw_view, jitter_colour, render_view
+
+DRAWS = 3000
+OFF = {"flip_probability": 0.0, "jitter_probability": 0.0, "grey_probability": 0.0, "blur_probability": 0.0}
+
+
+def picture(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """A colourful picture with detail at several scales and few clipped colours."""
+    rng = np.random.default_rng(seed)
+    noise = sum(
+        cv2.resize(rng.normal(0, 30, (n, n, 3)), (width, height), interpolation=cv2.INTER_CUBIC) for n in (3, 8, 40)
+    )
+    return np.clip(np.array([130, 110, 90]) + noise, 0, 255).astype(np.uint8)
+
+
+def pil_view(image: np.ndarray, draw: ViewDraw, size: int) -> np.ndarray:
+    """A draw carried out by torchvision and PIL, operation by operation."""
+    view = tv.resized_crop(Image.fromarray(image), draw.top, draw.left, draw.height, draw.width, [size, size])
+    view = tv.horizontal_flip(view) if draw.flip else view
+    for name, factor in draw.jitter:
+        view = getattr(tv, f"adjust_{name}")(view, factor)
+    view = tv.rgb_to_grayscale(view, 3) if draw.grey else view
+    view = view.filter(ImageFilter.GaussianBlur(draw.blur_sigma)) if draw.blur_sigma else view
+    return np.asarray(view)
+
+
+def assert_same_moments(ours: np.ndarray, reference: np.ndarray) -> None:
+    """Means and variances over `[draws, figures]` agree within four standard errors (seeded, so it cannot flake)."""
+    scale = np.sqrt(ours.var(0) / len(ours) + reference.var(0) / len(reference)) + 1e-9
+    np.testing.assert_array_less(np.abs(ours.mean(0) - reference.mean(0)) / scale, 4)
+
+    def spread_error(x: np.ndarray) -> np.ndarray:
+        squares = (x - x.mean(0)) ** 2
+        return squares.var(0) / len(x)
+
+    scale = np.sqrt(spread_error(ours) + spread_error(reference)) + 1e-9
+    np.testing.assert_array_less(np.abs(ours.var(0) - reference.var(0)) / scale, 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (300, 200), (224, 224), (60, 400), (400, 50)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int):
+    rng = np.random.default_rng(0)
+    ours = np.array([draw_crop((0.2, 1.0), height, width, rng) for _ in range(DRAWS)])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    reference = v2.RandomResizedCrop(224, scale=(0.2, 1.0))
+    params = [reference.make_params([image]) for _ in range(DRAWS)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params])
+
+    def figures(crops: np.ndarray) -> np.ndarray:
+        top, left, crop_height, crop_width = crops.T
+        area, aspect = crop_height * crop_width / (height * width), np.log(crop_width / crop_height)
+        return np.stack([area, aspect, area * aspect, top, left, top + crop_height, left + crop_width], axis=1)
+
+    assert_same_moments(figures(ours), figures(theirs))
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+def test_a_crop_fits_any_picture(height: int, width: int, seed: int):
+    top, left, crop_height, crop_width = draw_crop((0.2, 1.0), height, width, np.random.default_rng(seed))
+    assert 0 <= top <= top + crop_height <= height
+    assert 0 <= left <= left + crop_width <= width
+    assert min(crop_height, crop_width) >= 1
+
+
+def test_each_operation_is_drawn_with_its_probability_and_range():
+    draws = [draw_view(TwoViews(), 300, 400, np.random.default_rng(i)) for i in range(DRAWS)]
+    jittered = [d for d in draws if d.jitter]
+    blurred = np.array([d.blur_sigma for d in draws if d.blur_sigma])
+    shares = (np.mean([d.flip for d in draws]), len(jittered) / DRAWS, np.mean([d.grey for d in draws]))
+    np.testing.assert_allclose([*shares, len(blurred) / DRAWS], [0.5, 0.8, 0.2, 0.5], atol=0.03)
+    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+    samples = {name: np.array([dict(d.jitter)[name] for d in jittered]) for name in ranges}
+    for (low, high), values in [*((ranges[n], samples[n]) for n in ranges), ((0.1, 2.0), blurred)]:
+        assert low <= values.min() < values.max() <= high
+        np.testing.assert_allclose(values.mean(), (low + high) / 2, atol=0.03 * (high - low))
+        np.testing.assert_allclose(values.std(), (high - low) / math.sqrt(12), rtol=0.05)
+    assert np.abs(np.corrcoef(list(samples.values())) - np.eye(4)).max() < 0.08
+    orders = [tuple(name for name, _ in d.jitter) for d in jittered]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 24
+    assert 0.5 < min(counts) / (len(jittered) / 24) < max(counts) / (len(jittered) / 24) < 1.5
+
+
+def test_another_probability_leaves_the_other_draws():
+    for seed in range(50):
+        full = draw_view(TwoViews(), 300, 400, np.random.default_rng(seed))
+        bare = draw_view(TwoViews(**OFF), 300, 400, np.random.default_rng(seed))
+        assert (bare.top, bare.left, bare.height, bare.width) == (full.top, full.left, full.height, full.width)
+        assert (bare.flip, bare.jitter, bare.grey, bare.blur_sigma) == (False, (), False, 0.0)
+
+
+@given(
+    name=st.sampled_from(["brightness", "contrast", "saturation"]), factor=st.floats(0, 2), seed=st.integers(0, 1000)
+)
+@settings(max_examples=60, deadline=None)
+def test_colour_operations_are_torchvisions_within_rounding(name: str, factor: float, seed: int):
+    image = picture(seed=seed)
+    reference = np.asarray(getattr(tv, f"adjust_{name}")(Image.fromarray(image), factor)).astype(int)
+    difference = jitter_colour(image, ((name, factor),), grey=False).astype(int) - reference
+    assert np.abs(difference).max() <= 2  # PIL truncates where we round, and rounds the mean luma first
+
+
+@given(turn=st.floats(-0.5, 0.5), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_hue_is_turned_exactly_within_8_bits(turn: float, seed: int):
+    image = picture(seed=seed)
+    exact = tv.adjust_hue(torch.from_numpy(image).permute(2, 0, 1).double() / 255, turn).permute(1, 2, 0).numpy() * 255
+    error = np.abs(jitter_colour(image, (("hue", turn),), grey=False) - exact)
+    assert error.mean() < 1
+    assert error.max() <= 14
+
+
+def test_hue_is_nearer_the_exact_turn_than_pils():
+    ours, pils = [], []
+    for seed, turn in enumerate(np.linspace(-0.1, 0.1, 41)):
+        image = picture(seed=seed)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).double() / 255
+        exact = tv.adjust_hue(pixels, turn).permute(1, 2, 0).numpy() * 255
+        ours.append(np.abs(jitter_colour(image, (("hue", turn),), grey=False) - exact).mean())
+        pils.append(np.abs(np.asarray(tv.adjust_hue(Image.fromarray(image), turn)) - exact).mean())
+    assert np.mean(ours) < np.mean(pils)
+
+
+def test_grey_is_pils_luma():
+    image = picture()
+    grey = jitter_colour(image, (), grey=True)
+    reference = np.asarray(Image.fromarray(image).convert("L"))[..., None].astype(int)
+    assert np.abs(grey - reference).max() <= 1
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.6, 1.0, 1.37, 1.42, 1.7, 2.0, 3.5])
+def test_blur_is_pils(sigma: float):
+    kernel = blur_kernel(sigma)
+    offsets = np.arange(len(kernel)) - len(kernel) // 2
+    np.testing.assert_allclose(
+        [kernel.sum(), kernel @ offsets, kernel @ offsets**2], [1, 0, sigma**2], atol=1e-12, rtol=1e-12
+    )
+    image = picture(64, 64)
+    draw = ViewDraw(0, 0, 64, 64, False, (), False, sigma)
+    difference = np.abs(render_view(image, draw, 64).astype(int) - pil_view(image, draw, 64))
+    # PIL rounds after each of its six passes, and repeats the border pixels for each
+    border = len(kernel) // 2
+    assert difference[border:-border, border:-border].max() <= 3
+    assert difference.mean() < 0.9
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (200, 333), (20, 20), (64, 64), (1, 5)])
+def test_resize_is_pils(height: int, width: int):
+    image = picture(height, width)
+    draw = ViewDraw(0, 0, height, width, False, (), False, 0.0)
+    assert np.abs(render_view(image, draw, 64).astype(int) - pil_view(image, draw, 64)).max() <= 1
+
+
+def test_a_flip_mirrors_the_crop():
+    image = picture()
+    flipped = render_view(image, ViewDraw(4, 7, 30, 20, True, (), False, 0.0), 32)
+    plain = render_view(image, ViewDraw(4, 7, 30, 20, False, (), False, 0.0), 32)
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+    np.testing.assert_array_equal(
+        plain, render_view(image[4:34, 7:27], ViewDraw(0, 0, 30, 20, False, (), False, 0), 32)
+    )
+
+
+def test_whole_views_are_torchvisions_within_rounding():
+    image = picture(150, 200)
+    errors = []
+    for seed in range(100):
+        draw = draw_view(TwoViews(), 150, 200, np.random.default_rng(seed))
+        errors.append(np.abs(render_view(image, draw, 64).astype(int) - pil_view(image, draw, 64)).mean())
+    # PIL truncates after each operation of the jitter where we round: half a level each
+    assert np.mean(errors) < 1.7
+    assert np.max(errors) < 3.5
+
+
+def view_figures(views: np.ndarray) -> np.ndarray:
+    """What the operations change, per view of `[N, 3, h, w]`: colour, contrast, saturation, detail, side, hue."""
+    views = views.astype(np.float64)
+    luma = np.tensordot([0.299, 0.587, 0.114], views, (0, 1))
+    chroma = views.max(1) - views.min(1)
+    a, b = views[:, 0] - views[:, 1], views[:, 1] - views[:, 2]
+    detail = np.abs(np.diff(luma, axis=2)).mean((1, 2))
+    sides = luma[..., : luma.shape[2] // 2].mean((1, 2)) - luma[..., luma.shape[2] // 2 :].mean((1, 2))
+    figures = [*views.mean((2, 3)).T, luma.std((1, 2)), chroma.mean((1, 2)), detail, sides, chroma.max((1, 2)) < 3]
+    return np.stack([*figures, a.mean((1, 2)), b.mean((1, 2)), (luma > 250).mean((1, 2))], axis=1)
+
+
+ALONE = {
+    "crop": {},
+    "flip": {"flip_probability": 0.5},
+    "brightness": {"jitter_probability": 1.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+    "contrast": {"jitter_probability": 1.0, "brightness": 0.0, "saturation": 0.0, "hue": 0.0},
+    "saturation": {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "hue": 0.0},
+    "hue": {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0},
+    "grey": {"grey_probability": 0.2},
+    "blur": {"blur_probability": 0.5},
+    "all": {"flip_probability": 0.5, "jitter_probability": 0.8, "grey_probability": 0.2, "blur_probability": 0.5},
+}
+
+
+@pytest.mark.parametrize("operation", ALONE)
+def test_views_have_the_moments_of_lightlys(operation: str):
+    settings_ = {**OFF, **ALONE[operation]}
+    ours = TwoViews(size=32, **settings_)
+    theirs = MoCoV2Transform(
+        input_size=32,
+        hf_prob=ours.flip_probability,
+        cj_prob=ours.jitter_probability,
+        cj_bright=ours.brightness,
+        cj_contrast=ours.contrast,
+        cj_sat=ours.saturation,
+        cj_hue=ours.hue,
+        random_gray_scale=ours.grey_probability,
+        gaussian_blur=ours.blur_probability,
+        normalize=None,
+    )
+    image = picture(60, 80, seed=3)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 (lightly's blur draws from it)
+    pil = Image.fromarray(image)
+    pairs = 1000
+    mine = torch.cat([ours(image, partial(draw_generator, 0, 0, index)) for index in range(pairs)]).numpy()
+    reference = torch.cat([torch.stack(theirs(pil)) for _ in range(pairs)]).mul(255).round().numpy()
+    mine, reference = view_figures(mine), view_figures(reference)
+    # rounding shifts a mean by up to half a level where PIL truncates, which thousands of draws would resolve
+    constant = np.maximum(mine.std(0), reference.std(0)) < 1
+    np.testing.assert_allclose(mine.mean(0)[constant], reference.mean(0)[constant], atol=1)
+    assert_same_moments(mine[:, ~constant], reference[:, ~constant])
+
+
+def test_a_views_draws_depend_on_its_number_alone():
+    image = picture()
+    draws = partial(draw_generator, 3, 1, 4)
+    views = TwoViews(size=24)
+    both = views(image, draws)
+    assert both.dtype == torch.uint8
+    assert both.shape == (2, 3, 24, 24)
+    assert both.is_contiguous()
+    assert torch.equal(both, views(image, draws))
+    swapped = views(image, lambda view: draws(1 - view))
+    assert torch.equal(swapped, both.flip(0))
+    assert not torch.equal(both[0], both[1])
+    expected = render_view(image, draw_view(views, 48, 64, draws(1)), 24)
+    np.testing.assert_array_equal(both[1].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.skipif("POSERELAY_DATA" not in os.environ, reason="POSERELAY_DATA names no folder of real photographs")
+def test_photographs_give_the_views_of_torchvision():
+    files = sorted(Path(os.environ["POSERELAY_DATA"], "coco", "images").glob("*.jpg"))[:20]
+    errors = []
+    for seed, file in enumerate(files):
+        image = np.asarray(Image.open(file).convert("RGB"))
+        draw = draw_view(TwoViews(), image.shape[0], image.shape[1], np.random.default_rng(seed))
+        errors.append(np.abs(render_view(image, draw, 224).astype(int) - pil_view(image, draw, 224)).mean())
+    assert np.mean(errors) < 1.7
