@@ -25,8 +25,11 @@ class _Parser(ArgumentParser):
         raise UserError(message)
 
 
-def parse(config_class: type[Config], argv: Sequence[str], prog: str) -> Config:
+def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly: bool = False) -> Config:
     """Read `--config FILE` and dotted overrides into the frozen dataclass `config_class`.
+
+    `partly` leaves out the file's top-level fields that the class does not have: a command that reads one block of a
+    stage's recipe.
 
     Raises UserError for an unknown field (with the nearest name), a value of the wrong type, a missing required field,
     and every ValueError of a `__post_init__`; SystemExit(0) after `--help` and `--print_config`.
@@ -37,8 +40,14 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str) -> Config:
     files = _config_files(argv)
     for file in files:
         _check_yaml(file)
+    arguments = _complete_flags(config_class, argv)
+    if partly:
+        names = {f.name for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
+        blocks = {key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8")).items() if key in names}
+        kept = [a for a, before in zip(arguments, ["", *arguments], strict=False) if "--config" not in (a.split("=")[0], before)]
+        arguments = ["--config", yaml.safe_dump(blocks), *kept] if files else kept
     try:
-        namespace = parser.parse_args(list(argv))
+        namespace = parser.parse_args(arguments)
         fields = {f.name: getattr(parser.instantiate(namespace), f.name) for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
         return config_class(**fields)
     except UserError as error:
@@ -61,9 +70,16 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def run_commands(
-    argv: Sequence[str] | None, prog: str, commands: Mapping[str, tuple[type, Callable[[Any], object]]]
+    argv: Sequence[str] | None,
+    prog: str,
+    commands: Mapping[str, tuple[type, Callable[[Any], object]]],
+    *,
+    partly: Sequence[str] = (),
 ) -> int:
-    """Dispatch `prog NAME ...` to (config class, function) and return the exit code of the contract."""
+    """Dispatch `prog NAME ...` to (config class, function) and return the exit code of the contract.
+
+    The commands named in `partly` read only their own fields of a config file.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m {prog} COMMAND ...   (python -m {prog} COMMAND --help lists its fields)\n")
@@ -75,16 +91,28 @@ def run_commands(
         print(f"error: {prog} has no command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)
         return 2
     config_class, function = commands[name]
-    return run_command(rest, f"{prog} {name}", config_class, function)
+    return run_command(rest, f"{prog} {name}", config_class, function, partly=name in partly)
 
 
-def run_command(argv: Sequence[str] | None, prog: str, config_class: type, function: Callable[[Any], object]) -> int:
+def run_command(
+    argv: Sequence[str] | None, prog: str, config_class: type, function: Callable[[Any], object], *, partly: bool = False
+) -> int:
     """Parse `argv` and call `function(config)`; return the exit code of the contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return exit_code(lambda: function(parse(config_class, arguments, prog)))
+        return exit_code(lambda: function(parse(config_class, arguments, prog, partly=partly)))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
+
+
+def _complete_flags(config_class: Any, argv: Sequence[str]) -> list[str]:
+    """`--json` alone means `--json=true`."""
+    hints = get_type_hints(config_class)
+    following = [*argv[1:], "--"]
+    return [
+        f"{argument}=true" if hints.get(argument[2:]) is bool and after.startswith("--") else argument
+        for argument, after in zip(argv, following, strict=True)
+    ]
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:

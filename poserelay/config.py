@@ -100,3 +100,13 @@ class LabelsConfig:
             raise ValueError(f"labels.ratio is {self.ratio}, expected a share above 0 and at most 1")
         if self.count is not None and self.count < 1:
             raise ValueError(f"labels.count is {self.count}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Print a model's parameters, multiply-accumulates and output size."""
+
+    model: ModelConfig
+    """The `model:` block of any recipe; the rest of the file is not read."""
+    json: bool = False
+    """Print one JSON object instead of text."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: a pose model from a backbone and labelled persons."""

@@ -1,0 +1,101 @@
+"""Fields of `python -m finetune`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from poserelay.config import Augmentation, Decoding, LabelsConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Annotated pictures for training and validation."""
+
+    annotations: str
+    """COCO-keypoint JSON with the labelled persons."""
+    images: str
+    """Folder that the JSON's file names are relative to."""
+    validation_annotations: str | None = None
+    """COCO-keypoint JSON to validate on; null trains without validation."""
+    validation_images: str | None = None
+    """Folder of the validation pictures; null: the same as `images`."""
+    validation_boxes: str = "gt"
+    """gt, or a COCO detections JSON."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam without weight decay, as HRNet and SimpleBaseline train."""
+
+    lr: float = 1e-3
+    """Learning rate for a global batch of `lr_batch`; it is not rescaled, a different batch is warned about."""
+    lr_batch: int = 128
+    """Global batch, in persons, that `lr` was chosen for."""
+    batch_size: int = 32
+    """Persons per process and step."""
+    epochs: int = 140
+    """Passes over the labelled persons."""
+    drops: tuple[int, ...] = (90, 120)
+    """Epochs at which the learning rate is divided by ten."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_batch", "batch_size", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Train a heatmap pose model on labelled persons (SimpleBaseline, HRNet)."""
+
+    model: ModelConfig
+    data: DataConfig
+    run_dir: str
+    """Folder of this run; started again in the same folder it resumes."""
+    init_from: str | None = None
+    """Hand-off file (export/model.safetensors) whose weights the model starts from; null: its initialisation."""
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    sigma: float = 2.0
+    """Of the target Gaussians, heatmap pixels (2 at 256x192, 3 at 384x288)."""
+    quantize: bool = False
+    """Round target centres to whole heatmap pixels, as HRNet's published code does."""
+    decoding: Decoding = field(default_factory=Decoding)
+    validate_every: int = 10
+    """Epochs between validations; the last epoch is always validated."""
+    export: Literal["last", "best"] = "last"
+    """Weights to hand off; best has the highest AP on the validation set, which must then not be the reported test set."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
+    seed: int = 0
+    """Of initialisation, order and augmentation."""
+    max_unreadable: float = 0.01
+    """Share of an epoch's pictures that may be unreadable before the run stops."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """What to do when the run directory holds a run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
+    workers: int = 4
+    """Data processes per training process; the results do not depend on it."""
+    save_every: int = 500
+    """Steps between two resume files."""
+    log_every: int = 20
+    """Steps between two rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.model.head is None:
+            raise ValueError("model.head is null: fine-tuning needs a head; name one, e.g. head: {name: simple}")
+        if self.export == "best" and self.data.validation_annotations is None:
+            raise ValueError("export: best needs data.validation_annotations to tell which weights are best")
+        for name in ("validate_every", "save_every", "log_every", "sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("workers", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable is {self.max_unreadable}, expected a share in 0..1")

@@ -1,0 +1,270 @@
+"""Fine-tuning of a heatmap pose model, top to bottom: data -> model -> loss -> run directory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.utils.data import DataLoader
+
+from poserelay.batch import CropBatch
+from poserelay.checkpoint import (
+    describe,
+    init_from,
+    load_best,
+    load_resume,
+    restore_training,
+    save_best,
+    save_resume,
+    training_state,
+    upstream_of,
+    write_export,
+)
+from poserelay.command import to_plain
+from poserelay.datasets.coco import read_coco, read_detections
+from poserelay.datasets.sampling import EpochBatches, TrainingDraws, steps_per_epoch, worker_init
+from poserelay.datasets.topdown import TopDownDataset, collate_draws
+from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
+from poserelay.errors import CheckFailed, Interrupted
+from poserelay.heatmaps import encode, input_to_heatmap, target_weight
+from poserelay.inference import predict_dataset, protocol
+from poserelay.keypoints import Skeleton, resolve_skeleton
+from poserelay.losses import joints_mse
+from poserelay.model import PoseModel, build_model
+from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
+from poserelay.run import Run, is_finished, open_run
+from poserelay.schedules import drops
+from poserelay.scoring import coco_ap
+from poserelay.subsets import choose_images
+
+from .config import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, checked before it starts."""
+
+    skeleton: Skeleton
+    training: TopDownDataset
+    validation: TopDownDataset | None
+
+
+@dataclass
+class State:
+    """What changes during a run and is saved with it."""
+
+    step: int = 0
+    unreadable: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def main(config: FinetuneConfig) -> None:
+    """Train, or resume, or find the run finished. Raises UserError, CheckFailed, Interrupted."""
+    run_dir, plain = Path(config.run_dir), to_plain(config)
+    if config.resume != "never" and is_finished(run_dir, plain):
+        print(f"{run_dir}: already finished", file=sys.stderr)
+        return
+    data = load_data(config)
+    fabric = start(config.device, config.precision, config.threads)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, data.skeleton)
+    upstream = upstream_of(config.init_from) if config.init_from else None
+    if config.init_from:
+        report = init_from(model, config.init_from)
+        if report.joints_initialised:
+            fabric.print(
+                f"joints not in {config.init_from}, initialised: {', '.join(report.joints_initialised)}",
+                file=sys.stderr,
+            )
+    run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
+    try:
+        train(fabric, model, data, config, run, upstream)
+    except (CheckFailed, Interrupted) as reason:
+        if run:
+            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
+        raise
+    finally:
+        if run:
+            run.close()
+
+
+def load_data(config: FinetuneConfig) -> Data:
+    """Read and check the annotation files, and that every picture is there."""
+    annotations = read_coco(config.data.annotations)
+    skeleton = resolve_skeleton(config.model.skeleton, annotations.category)
+    size = (config.model.input.height, config.model.input.width)
+    chosen = choose_images(annotations.labelled_image_ids, config.labels)
+    training = TopDownDataset(
+        annotations,
+        Path(config.data.images),
+        skeleton,
+        size,
+        augmentation=config.augmentation,
+        alignment=config.model.input.alignment,
+        image_ids=chosen,
+    )
+    validation = None
+    if config.data.validation_annotations:
+        annotations = read_coco(config.data.validation_annotations)
+        folder = Path(config.data.validation_images or config.data.images)
+        boxes = config.data.validation_boxes
+        validation = TopDownDataset(
+            annotations,
+            folder,
+            skeleton,
+            size,
+            augmentation=None,
+            alignment=config.model.input.alignment,
+            detections=None if boxes == "gt" else read_detections(boxes, annotations),
+        )
+    return Data(skeleton, training, validation)
+
+
+def train(
+    fabric: Fabric,
+    model: PoseModel,
+    data: Data,
+    config: FinetuneConfig,
+    run: Run | None,
+    upstream: dict[str, Any] | None,
+) -> None:
+    """Set up the optimiser, resume, run all steps, export."""
+    folder, world = Path(config.run_dir) / "resume", fabric.world_size
+    global_batch = config.optim.batch_size * world
+    per_epoch = steps_per_epoch(len(data.training), global_batch)
+    total = per_epoch * config.optim.epochs
+    network = fabric.setup_module(sync_batch_norm(model, fabric))
+    plain_optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
+    optimizer = fabric.setup_optimizers(plain_optimizer)
+    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, upstream, State())
+    announce(fabric, config, data, global_batch, total, state)
+
+    batches = EpochBatches(
+        len(data.training), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
+    )
+    loader = DataLoader(
+        TrainingDraws(data.training, config.seed),
+        batch_sampler=batches,
+        num_workers=config.workers,
+        collate_fn=collate_draws,
+        worker_init_fn=worker_init,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    progress = Progress(loader, state.step, total, global_batch, "finetune", fabric.is_global_zero)
+    journal = Journal(run, progress, state.step, total) if run else None
+    losses = LossWindow()
+    unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
+    with StopSignals() as signals:
+        for batch in progress:
+            epoch = state.step // per_epoch
+            for group in plain_optimizer.param_groups:
+                group["lr"] = drops(config.optim.lr, epoch, config.optim.drops)
+            loss = training_step(fabric, network, model, optimizer, batch, config)
+            state.step += 1
+            losses.add(state.step, loss, batch.image_ids)
+            unreadable.add(batch.replaced)
+
+            ends, epoch_ends, saves = (
+                state.step == total,
+                state.step % per_epoch == 0,
+                state.step % config.save_every == 0,
+            )
+            due = ends or epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
+            stop = signals.agreed(fabric) if due or world == 1 else None
+            if due or stop:
+                values = {"loss": losses.flush(fabric)[0], "unreadable": unreadable.check(fabric), **progress.rates()}
+                if journal:
+                    journal.write("train", state.step, epoch, {**values, "lr": plain_optimizer.param_groups[0]["lr"]})
+            if epoch_ends:
+                unreadable.count = 0
+                if journal and data.validation and (ends or (epoch + 1) % config.validate_every == 0):
+                    journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
+            if run and (stop or saves or ends):
+                state.unreadable = unreadable.count
+                save_resume(folder, training_state(model, plain_optimizer, fabric, upstream, state))
+            if stop:
+                raise Interrupted(
+                    f"{stop} at step {state.step} of {total}; saved, start the same command again to go on"
+                )
+    if run and journal:
+        journal.close()
+        run.heartbeat(state.step, total)
+        export(run, model, data, config, state, upstream)
+    fabric.barrier()
+
+
+def training_step(
+    fabric: Fabric, network: Any, model: PoseModel, optimizer: Any, batch: CropBatch, config: FinetuneConfig
+) -> torch.Tensor:
+    """One optimiser step on a batch; returns its loss, a scalar on the device."""
+    batch = batch.to(fabric.device)
+    heatmaps = network(model.preprocess(batch.images)).float()  # [B, K, h, w]
+    size = (heatmaps.shape[-2], heatmaps.shape[-1])
+    keypoints = input_to_heatmap(batch.keypoints, batch.images.shape[-2:], size, config.model.input.alignment)
+    targets = encode(keypoints, batch.visibility, size, config.sigma, quantize=config.quantize)
+    loss = joints_mse(heatmaps, targets, target_weight(keypoints, batch.visibility, size, config.sigma))
+    optimizer.zero_grad()
+    fabric.backward(loss)
+    optimizer.step()
+    return loss
+
+
+def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State, folder: Path) -> dict[str, float]:
+    """Metrics on the validation set, remembered in `state`; where the best weights are wanted they are kept."""
+    assert data.validation is not None
+    results = predict_dataset(model, data.validation, config.decoding, config.optim.batch_size, config.workers)
+    state.validation = coco_ap(data.validation.annotations.path, results, data.skeleton)
+    if config.export == "best" and state.validation["AP"] > state.best.get("AP", -1.0):
+        state.best = {**state.validation, "step": state.step}
+        save_best(folder, model.state_dict())
+    model.train()
+    return state.validation
+
+
+def export(
+    run: Run, model: PoseModel, data: Data, config: FinetuneConfig, state: State, upstream: dict[str, Any] | None
+) -> None:
+    """Write the hand-off file and the record of the run."""
+    weights = load_best(run.path / "resume") if config.export == "best" else model.state_dict()
+    metrics: dict[str, Any] = dict(state.best if config.export == "best" else state.validation)
+    if metrics:
+        metrics["protocol"] = protocol(data.validation, config.decoding, config.data.validation_boxes)
+        metrics["protocol"]["export"] = config.export
+    described = describe(
+        stage="finetune",
+        method=config.model.head.name if config.model.head else "",
+        model=to_plain(config.model),
+        skeleton=data.skeleton,
+        config=to_plain(config),
+        upstream=upstream,
+        metrics=metrics,
+    )
+    write_export(run.export_path, weights, described)
+    run.finish(metrics, upstream, torch.get_num_threads())
+
+
+def announce(fabric: Fabric, config: FinetuneConfig, data: Data, global_batch: int, total: int, state: State) -> None:
+    """Say on stderr what is about to run, and what about it may surprise."""
+    lines = [
+        f"finetune: {len(data.training)} persons on {len(set(data.training.image_index.tolist()))} images, batch {global_batch} in all "
+        f"({config.optim.batch_size} x {fabric.world_size}, batch norm over "
+        f"{global_batch if fabric.device.type == 'cuda' else config.optim.batch_size}), lr {config.optim.lr:g}, "
+        f"{total} steps, {fabric.device.type} {config.precision}, {torch.get_num_threads()} threads"
+    ]
+    if global_batch != config.optim.lr_batch:
+        lines.append(
+            f"warning: lr {config.optim.lr:g} was chosen for a batch of {config.optim.lr_batch}, this run has {global_batch}; "
+            "it is not rescaled"
+        )
+    if data.skeleton.sigmas_assumed:
+        lines.append(
+            f"warning: the sigmas of skeleton {data.skeleton.name!r} are assumed; its AP compares only with itself"
+        )
+    if state.step:
+        lines.append(f"resuming at step {state.step}")
+    fabric.print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,269 @@
+"""All reading and writing of weights: the hand-off file between stages and the resume files of one stage.
+
+A hand-off file is safetensors with one metadata key, `poserelay` (JSON), that rebuilds the model from the file alone.
+Nothing here unpickles a foreign object: hand-off files hold no pickle, resume files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+from .keypoints import Skeleton, match_joints
+from .run import UNCOMPARED, file_sha256, write_atomic
+
+State = TypeVar("State")
+
+FORMAT = 1
+
+# A pose head reads HRNet's top branch alone and drops the rows of the last fusion that feed the others.
+UNUSED_FUSE_ROWS = re.compile(r"stage4\.2\.fuse_layers\.[123]\.")
+
+
+def write_export(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a hand-off file atomically; `metadata` as made by `describe`. Equal runs give equal bytes."""
+    plain = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(plain.items())}
+    text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"poserelay": text}))
+
+
+def describe(
+    *,
+    stage: str,
+    method: str,
+    model: Mapping[str, Any],
+    skeleton: Skeleton | None,
+    config: Mapping[str, Any],
+    upstream: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Metadata of a hand-off file. Paths, times and the run directory are left out, so that equal runs agree."""
+    backbone = {"name": model["backbone"]["name"], "kwargs": dict(model["backbone"]["kwargs"])}
+    backbone["kwargs"].pop("pretrained", None)
+    unstored = {*UNCOMPARED, "data", "init_from", "model"}
+    return {
+        "stage": stage,
+        "method": method,
+        "backbone": backbone,
+        "head": model.get("head"),
+        "refiner": model.get("refiner"),
+        "skeleton": skeleton.to_dict() if skeleton else None,
+        "input": model["input"],
+        "config": {name: value for name, value in config.items() if name not in unstored},
+        "upstream": upstream,
+        "metrics": dict(metrics),
+    }
+
+
+def read_export(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a hand-off file.
+
+    Raises UserError when it is absent, truncated, a pickle, or safetensors that no stage of ours wrote.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the export/model.safetensors of an earlier run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("poserelay")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: not a hand-off file ({error}); give the export/model.safetensors of an earlier run "
+            "(a .pth file is never unpickled here)"
+        ) from error
+    if metadata is None:
+        raise UserError(f"{path}: safetensors without the metadata key 'poserelay'; give a file that a stage exported")
+    try:
+        described = json.loads(metadata)
+        found = described["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: the metadata 'poserelay' is damaged; export the file again") from error
+    if found != FORMAT:
+        raise UserError(f"{path}: hand-off format {found!r}, this version reads {FORMAT}; export it with this version")
+    return state, described
+
+
+def upstream_of(path: str | Path) -> dict[str, Any]:
+    """What a later stage records of the file it starts from: its stage and sha256."""
+    with safe_open(path, framework="pt") as file:
+        stage = json.loads(file.metadata()["poserelay"])["stage"]
+    return {"stage": stage, "sha256": file_sha256(Path(path))}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `state` into `module`; UserError naming every missing, unexpected or misshapen key."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{source}: does not fit this model: {'; '.join(problems[:4])}{more}; use the same backbone and head"
+        )
+    module.load_state_dict(dict(state))
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What `init_from` took from a hand-off file."""
+
+    stage: str
+    head_copied: bool
+    joints_initialised: tuple[str, ...]
+    """Joints whose rows of the head's last layer are not in the file and start from the initialisation."""
+
+
+def init_from(model: nn.Module, path: str | Path) -> InitReport:
+    """Start a pose model (`.backbone`, `.head`, `.skeleton`, `.config`) from an earlier stage's hand-off file.
+
+    A backbone hand-off loads exactly its backbone. A pose model's also loads the head; where the skeletons differ, the
+    rows of `head.final_layer` are copied by joint name. Any other missing or unexpected key is a UserError.
+    """
+    state, described = read_export(path)
+    backbone: Any = model.backbone
+    head: Any = model.head
+    config: Any = model.config
+    skeleton: Any = model.skeleton
+    if described["backbone"]["name"] != config.backbone.name:
+        found = described["backbone"]["name"]
+        raise UserError(f"{path}: holds a {found} backbone, the config names {config.backbone.name}; use the same one")
+    parts = {
+        part: {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
+        for part in ("backbone", "head")
+    }
+    strays = [name for name in state if not name.startswith(("backbone.", "head."))]
+    if strays:
+        raise UserError(f"{path}: unexpected {strays[0]}; a hand-off holds backbone.* and head.* only")
+    own = backbone.state_dict()
+    kept = {name: value for name, value in parts["backbone"].items() if name in own or not UNUSED_FUSE_ROWS.match(name)}
+    if described["head"] is None:
+        load_exactly(backbone, kept, path)
+        return InitReport(described["stage"], head_copied=False, joints_initialised=())
+    if config.head is None or described["head"]["name"] != config.head.name:
+        found = described["head"]["name"]
+        raise UserError(
+            f"{path}: holds a {found} head, the config names {config.head and config.head.name}; use the same head"
+        )
+    copied, missing = rows_by_joint(
+        parts["head"], head.state_dict(), Skeleton.from_dict(described["skeleton"]), skeleton
+    )
+    load_exactly(backbone, kept, path)
+    load_exactly(head, copied, path)
+    return InitReport(described["stage"], head_copied=True, joints_initialised=missing)
+
+
+def rows_by_joint(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Skeleton, target: Skeleton
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reorder the rows of `final_layer.*` from the joints of `source` to those of `target`, by joint name.
+
+    Returns the state and the joints of `target` that `source` lacks: their rows are `own`'s, the initialisation.
+    """
+    if source.joints == target.joints:
+        return dict(state), ()
+    indices = match_joints(source, target)
+    result = dict(state)
+    for name in ("final_layer.weight", "final_layer.bias"):
+        if name in state:
+            rows = [own[name][row] if index is None else state[name][index] for row, index in enumerate(indices)]
+            result[name] = torch.stack([row.cpu() for row in rows])
+    return result, tuple(joint for joint, index in zip(target.joints, indices, strict=True) if index is None)
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric, upstream: Mapping[str, Any] | None, state: Any
+) -> dict[str, Any]:
+    """Everything that changes during training, for `save_resume`; `state` is the stage's own dataclass."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(),
+        "upstream": dict(upstream) if upstream else None,
+        "state": dataclasses.asdict(state),
+    }
+
+
+def restore_training(
+    saved: Mapping[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fabric: Fabric,
+    upstream: Mapping[str, Any] | None,
+    state: State,
+) -> State:
+    """Put a `training_state` back and return the stage's state in it, or `state` unchanged where nothing was saved.
+
+    Raises UserError when the file of `init_from` is no longer the one that the run started from.
+    """
+    if saved is None:
+        return state
+    if saved["upstream"] != (dict(upstream) if upstream else None):
+        raise UserError(
+            "init_from: the file has changed since this run started from it; put it back, or name a new run_dir"
+        )
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    fabric.strategy.precision.load_state_dict(saved["precision"])
+    return type(state)(**saved["state"])
+
+
+def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `folder/last.pt`, keeping the one before it as `previous.pt`: at every moment one of them is whole."""
+    last = folder / "last.pt"
+
+    def write(temporary: Path) -> None:
+        torch.save(dict(state), temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if last.exists():
+            os.replace(last, folder / "previous.pt")
+
+    write_atomic(last, write)
+
+
+def save_best(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write `folder/best.pt`, the weights to export when a later step is not better."""
+    write_atomic(folder / "best.pt", lambda temporary: torch.save(dict(state), temporary))
+
+
+def load_best(folder: Path) -> dict[str, Tensor]:
+    """Weights written by `save_best`."""
+    return torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+
+
+def load_resume(folder: Path) -> dict[str, Any] | None:
+    """State of the newest whole resume file of `folder`, on the CPU, or None where there is none.
+
+    Raises UserError when files are there and none can be read.
+    """
+    paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    reasons = []
+    for path in paths:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reasons.append(f"{path.name}: {str(error).splitlines()[0]}")
+    if reasons:
+        raise UserError(f"{folder}: no readable resume file ({'; '.join(reasons)}); start in a new folder")
+    return None

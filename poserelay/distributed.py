@@ -1,0 +1,131 @@
+"""One process per device: Fabric set-up from the launcher's environment, never starting processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from .errors import UserError
+
+Result = TypeVar("Result")
+
+RENDEZVOUS_SECONDS = 120
+# One process validates while the others wait for it.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) -> Fabric:
+    """Fabric for this process: alone, or one of WORLD_SIZE that the launcher started (design, Processes).
+
+    `threads` is torch's number of CPU threads, 0 for its own choice. Raises UserError when there is no GPU, and when
+    the other processes have not come within 120 s.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        # Without the explicit environment Fabric would read Slurm's variables and may start or expect more processes.
+        fabric = Fabric(
+            accelerator="cuda" if cuda else "cpu",
+            strategy=SingleDeviceStrategy(
+                torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+            ),
+            precision=PRECISIONS[precision],
+            plugins=[LightningEnvironment()],
+        )
+    else:
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        _join(world, cuda)
+        fabric = Fabric(
+            accelerator="cuda" if cuda else "cpu",
+            devices=local_world,
+            num_nodes=world // local_world,
+            strategy=DDPStrategy(process_group_backend="nccl" if cuda else "gloo", broadcast_buffers=False),
+            precision=PRECISIONS[precision],
+            plugins=[TorchElasticEnvironment()],
+        )
+        fabric.launch()
+    if threads:
+        torch.set_num_threads(threads)
+    return fabric
+
+
+def _join(world: int, cuda: bool) -> None:
+    """Join the process group ourselves: a short limit for the meeting, torch's longer one for the work after it."""
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        store = torch.distributed.TCPStore(
+            host, port, world, is_master=rank == 0, timeout=timedelta(seconds=RENDEZVOUS_SECONDS)
+        )
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} of {world}: no rendezvous at {host}:{port} within {RENDEZVOUS_SECONDS} s "
+            f"({str(error).splitlines()[0]}); check that every process was started and reaches that host"
+        ) from error
+
+
+def sync_batch_norm(module: nn.Module, fabric: Fabric) -> nn.Module:
+    """BatchNorm over all processes where there are several GPUs; on the CPU it stays per process (torch has no other)."""
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module
+
+
+def on_rank_zero(fabric: Fabric, function: Callable[[], Result]) -> Result | None:
+    """`function()` on rank 0, None elsewhere; a UserError of rank 0 is raised on every rank, so that none waits for it."""
+    result, problem = None, None
+    if fabric.is_global_zero:
+        try:
+            result = function()
+        except UserError as error:
+            problem = str(error)
+    problem = fabric.broadcast(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+class StopSignals:
+    """Within its `with` block, remembers SIGTERM, SIGINT and SIGUSR2 (submitit's) until the loop asks."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.received and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def agreed(self, fabric: Fabric) -> str | None:
+        """Name of the signal that any process received; every process must ask at the same step."""
+        if fabric.world_size == 1:
+            return self.received
+        flag = torch.tensor(0.0 if self.received is None else 1.0, device=fabric.device)
+        total = fabric.all_reduce(flag, reduce_op="sum")
+        return (self.received or "a signal to another process") if float(total) > 0 else None  # pyright: ignore[reportArgumentType]
