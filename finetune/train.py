@@ -73,9 +73,10 @@ def main(config: FinetuneConfig) -> None:
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.skeleton)
-    upstream = upstream_of(config.init_from) if config.init_from else None
+    upstream = None
     if config.init_from:
         report = init_from(model, config.init_from)
+        upstream = upstream_of(config.init_from)
         if report.joints_initialised:
             fabric.print(
                 f"joints not in {config.init_from}, initialised: {', '.join(report.joints_initialised)}",

@@ -182,7 +182,7 @@ def rows_by_joint(
     """
     if source.joints == target.joints:
         return dict(state), ()
-    indices = match_joints(source, target)
+    indices = match_joints(source.joints, target.joints)
     result = dict(state)
     for name in ("final_layer.weight", "final_layer.bias"):
         if name in state:

@@ -1,0 +1,1 @@
+"""Evaluation of pose models and of predictions; imports only the shared package."""

@@ -1,0 +1,109 @@
+"""Fields of `python -m evaluation score | test | predict`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from poserelay.config import Decoding
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score a COCO results file, of any origin, against annotations."""
+
+    annotations: str
+    """COCO-keypoint JSON with the truth."""
+    predictions: str
+    """COCO results JSON: a list of {image_id, category_id, keypoints, score}."""
+    metric: Literal["oks", "pck"] = "oks"
+    """oks: average precision as pycocotools computes it; pck: share of joints near enough, over the persons."""
+    skeleton: str = "auto"
+    """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints."""
+    pck_threshold: float = 0.2
+    """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        _require_positive("pck_threshold", self.pck_threshold)
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Run a pose model on annotated pictures and score it: OKS AP, PCK, and the mean pose as a baseline."""
+
+    checkpoint: str
+    """Hand-off file (export/model.safetensors) of a pose model."""
+    annotations: str
+    """COCO-keypoint JSON with the truth."""
+    images: str
+    """Folder that the JSON's file names are relative to."""
+    boxes: str = "gt"
+    """gt: the annotated boxes; or a COCO detections JSON."""
+    box_threshold: float = 0.0
+    """Detections below this score are left out."""
+    baseline_annotations: str | None = None
+    """COCO-keypoint JSON whose mean pose, placed in the same boxes, is scored as a baseline; null: no baseline."""
+    out: str | None = None
+    """Folder for predictions.json and metrics.json; null writes nothing."""
+    decoding: Decoding = field(default_factory=Decoding)
+    pck_threshold: float = 0.2
+    """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    batch_size: int = 64
+    """Crops per forward pass."""
+    workers: int = 2
+    """Data processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        _require_positive("pck_threshold", self.pck_threshold)
+        _require_positive("batch_size", self.batch_size)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Draw predicted skeletons on pictures and write the poses."""
+
+    checkpoint: str
+    """Hand-off file (export/model.safetensors) of a pose model."""
+    images: str
+    """A picture, or a folder of pictures (looked through recursively)."""
+    out: str
+    """Folder for predictions.json and pictures/."""
+    boxes: str | None = None
+    """JSON with the persons' boxes: COCO (images, annotations) or a list of {file_name, bbox, score}, with file names
+    relative to `images`; pictures without a box are left out. Null: the whole picture is one person's box."""
+    box_threshold: float = 0.0
+    """Boxes scored below this are left out."""
+    joint_threshold: float = 0.2
+    """Joints scored below this are not drawn."""
+    decoding: Decoding = field(default_factory=Decoding)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Put runs side by side: a table of their metrics and a plot of their losses."""
+
+    runs: list[str]
+    """Run directories; test metrics are read from RUN/evaluation/metrics.json (`evaluation test --out RUN/evaluation`)."""
+    out: str
+    """Folder for report.md and losses.png."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs is empty, expected at least one run directory")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}, expected a positive number")

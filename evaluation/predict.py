@@ -1,0 +1,136 @@
+"""`python -m evaluation predict`: skeletons drawn on pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from poserelay.datasets.sampling import read_image
+from poserelay.datasets.unlabelled import list_images
+from poserelay.distributed import start
+from poserelay.drawing import draw_poses
+from poserelay.errors import UserError
+from poserelay.inference import predict_images
+from poserelay.model import load_model
+from poserelay.run import write_atomic, write_json
+
+from .config import PredictConfig
+
+
+@dataclass
+class Picture:
+    """A picture and the persons to look for in it."""
+
+    image_id: int
+    boxes: list[list[float]] = field(default_factory=list)
+    """xywh, pixels of the stored picture; empty: the whole upright picture."""
+    scores: list[float] = field(default_factory=list)
+
+
+def main(config: PredictConfig) -> list[dict[str, Any]]:
+    """Write `out`/pictures and `out`/predictions.json (COCO results with file_name and bbox); return the results.
+
+    Raises UserError for input that cannot be used and UnreadableImage for a picture that cannot be read.
+    """
+    root, pictures = find_pictures(config)
+    model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
+    joints = len(model.skeleton.joints)
+    out = Path(config.out)
+    results: list[dict[str, Any]] = []
+    for name, picture in tqdm(pictures.items(), "predict", unit="picture", leave=False, disable=None):
+        image = read_image(root / name, orientation="ignore" if picture.boxes else "exif")
+        height, width = image.shape[:2]
+        boxes, scores = picture.boxes or [[0.0, 0.0, float(width), float(height)]], picture.scores or [1.0]
+        records = predict_images(model, [image], [np.array(boxes)], config.decoding)
+        for record, score in zip(records, scores, strict=True):
+            placed = {"image_id": picture.image_id, "file_name": name, "score": record["score"] * score}
+            results.append({**record, **placed})
+        triples = np.array([record["keypoints"] for record in records]).reshape(-1, joints, 3)
+        drawn = draw_poses(image, triples[..., :2], triples[..., 2], model.skeleton, threshold=config.joint_threshold)
+        _write_picture(out / "pictures" / name, drawn)
+    write_json(out / "predictions.json", results)
+    print(f"{len(results)} poses on {len(pictures)} pictures: {out}", file=sys.stderr)
+    return results
+
+
+def find_pictures(config: PredictConfig) -> tuple[Path, dict[str, Picture]]:
+    """The folder, and by file name within it the pictures to work on. Raises UserError."""
+    images = Path(config.images)
+    root = images if images.is_dir() else images.parent
+    files = list_images(images) if images.is_dir() else [images]
+    names = [file.relative_to(root).as_posix() for file in files]
+    if config.boxes is None:
+        return root, {name: Picture(image_id) for image_id, name in enumerate(names, start=1)}
+    pictures: dict[str, Picture] = {}
+    for name, image_id, box, score in read_boxes(config.boxes):
+        if score >= config.box_threshold:
+            picture = pictures.setdefault(name, Picture(image_id))
+            picture.boxes.append(box)
+            picture.scores.append(score)
+    chosen = {name: pictures[name] for name in names if name in pictures}
+    if not chosen:
+        raise UserError(
+            f"{config.boxes}: no box of a score of at least {config.box_threshold} for a picture of {config.images}; "
+            "file names must be relative to that folder"
+        )
+    return root, chosen
+
+
+def read_boxes(path: str) -> list[tuple[str, int, list[float], float]]:
+    """(file name, image id, xywh, score) of every box of a COCO file or of a list of {file_name, bbox, score}.
+
+    In a COCO file the score is 1 where there is none. Raises UserError naming the file, the record and the field.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a JSON file with boxes") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    try:
+        if isinstance(data, dict):
+            file_names = {image["id"]: image["file_name"] for image in data["images"]}
+            persons = [person for person in data["annotations"] if not person.get("iscrowd")]
+            records = [{**person, "file_name": file_names[person["image_id"]]} for person in persons]
+        else:
+            ids: dict[str, int] = {}
+            records = [
+                {**r, "image_id": ids.setdefault(r["file_name"], len(ids) + 1), "score": r["score"]} for r in data
+            ]
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: neither COCO (images, annotations) nor a list of {{file_name, bbox, score}}: "
+            f"{error} is missing or of another kind"
+        ) from error
+    found = []
+    for position, record in enumerate(records):
+        numbers = [*_as_list(record.get("bbox")), record.get("score", 1.0)]
+        if len(numbers) != 5 or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise UserError(f"{path}: record {position}: bbox {record.get('bbox')!r} and score are not 4 and 1 numbers")
+        if min(numbers[2:4]) <= 0:
+            raise UserError(f"{path}: record {position}: bbox {numbers[:4]} has no area; remove it")
+        found.append((record["file_name"], record["image_id"], [float(n) for n in numbers[:4]], float(numbers[4])))
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _write_picture(path: Path, image: np.ndarray) -> None:
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        path = path.with_name(f"{path.name}.jpg")
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(encoded.tobytes())
+
+    write_atomic(path, write)

@@ -1,0 +1,57 @@
+"""SimpleBaseline's head: deconvolutions and one 1x1 convolution (Xiao et al., ECCV 2018, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class DeconvHead(nn.Module):
+    """Deconvolution, batch norm and ReLU, each doubling the resolution of the coarsest map, then one map per joint.
+
+    The names in the state dict are those of the authors' pose_resnet.
+
+    Args:
+        in_channels: of the backbone's maps, fine to coarse.
+        num_joints: K.
+        deconv_channels: width of each deconvolution.
+        deconv_kernel: of all of them (Table 1).
+    """
+
+    level = -1
+    """The one of the backbone's maps that is read."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_joints: int,
+        *,
+        deconv_channels: Sequence[int] = (256, 256, 256),
+        deconv_kernel: Literal[2, 3, 4] = 4,
+    ) -> None:
+        super().__init__()
+        # Padding that doubles the size exactly.
+        padding, output_padding = {4: (1, 0), 3: (1, 1), 2: (0, 0)}[deconv_kernel]
+        layers = []
+        width = in_channels[self.level]
+        for channels in deconv_channels:
+            layers += [
+                nn.ConvTranspose2d(width, channels, deconv_kernel, 2, padding, output_padding, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            ]
+            width = channels
+        self.deconv_layers = nn.Sequential(*layers)
+        self.final_layer = nn.Conv2d(width, num_joints, 1)
+        # Heatmap pixels per pixel of the map that is read.
+        self.upsampling = 2 ** len(deconv_channels)
+        for module in self.modules():
+            if isinstance(module, nn.ConvTranspose2d | nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(self.final_layer.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Turn the backbone's maps into heatmaps `[B, K, h, w]`."""
+        return self.final_layer(self.deconv_layers(maps[self.level]))

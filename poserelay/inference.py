@@ -1,0 +1,305 @@
+"""From crops, datasets or whole images to scored poses: flip test, decoding, rescoring and OKS-NMS."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from . import heatmaps, oks
+from .batch import CropBatch
+from .config import Decoding
+from .datasets.sampling import read_image, worker_init
+from .datasets.topdown import CropRecord, TopDownDataset, collate, warp
+from .errors import CheckFailed, UnreadableImage
+from .geometry import apply_affine, box_to_affine, invert_affine
+from .scoring import order_of_file, sigma_source
+
+if TYPE_CHECKING:
+    from .model import PoseModel
+
+
+@dataclass(frozen=True)
+class Poses:
+    """N poses of K joints with the boxes they came from, in image pixels."""
+
+    keypoints: np.ndarray
+    """`[N, K, 2]`."""
+    joint_scores: np.ndarray
+    """`[N, K]`, heights of the heatmap peaks."""
+    scores: np.ndarray
+    """`[N]`, of the whole pose."""
+    boxes: np.ndarray
+    """`[N, 4]` xywh, before padding."""
+    areas: np.ndarray
+    """`[N]`, of the padded box that was cropped: what HRNet's OKS-NMS takes for a pose's size."""
+    image_ids: list[int]
+    annotation_ids: list[int | None]
+    """None for detections."""
+
+    def joints(self, order: Sequence[int]) -> Poses:
+        """The poses with their joints in another order."""
+        return replace(self, keypoints=self.keypoints[:, order], joint_scores=self.joint_scores[:, order])
+
+    def take(self, rows: np.ndarray) -> Poses:
+        """The poses at the indices `rows`."""
+        return Poses(
+            self.keypoints[rows],
+            self.joint_scores[rows],
+            self.scores[rows],
+            self.boxes[rows],
+            self.areas[rows],
+            [self.image_ids[row] for row in rows],
+            [self.annotation_ids[row] for row in rows],
+        )
+
+
+def flip_shift(decoding: Decoding, alignment: str, stride: float) -> float:
+    """Shift of the mirrored picture's heatmaps, heatmap pixels: the configured one, or else what aligns them exactly.
+
+    That is 1 - 1/stride where x_heatmap = x_input / stride (CCM Eq. 25, readings CCM 7), and 0 for udp.
+    """
+    if decoding.flip_shift is not None:
+        return decoding.flip_shift
+    return 0.0 if alignment == "udp" else 1.0 - 1.0 / stride
+
+
+@torch.inference_mode()
+def predict_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """Keypoints `[B, K, 2]` in image pixels and the heights of their peaks `[B, K]`, float32 on the CPU.
+
+    The model is in eval mode, the batch on its device.
+    Raises CheckFailed where a heatmap is not finite.
+    """
+    images = model.preprocess(batch.images)
+    maps = model(images).float()
+    if decoding.flip:
+        mirrored = model(images.flip(-1)).float()
+        shift = flip_shift(decoding, model.input.alignment, images.shape[-1] / maps.shape[-1])
+        maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
+    if not torch.isfinite(maps).all():
+        raise CheckFailed("the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training")
+    xy, scores = heatmaps.decode(maps, refine=decoding.refine, blur=decoding.blur)
+    input_size, heatmap_size = (images.shape[-2], images.shape[-1]), (maps.shape[-2], maps.shape[-1])
+    xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
+    # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
+    keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())
+    return torch.from_numpy(keypoints).float(), scores.cpu()
+
+
+def predict_poses(
+    model: PoseModel,
+    dataset: TopDownDataset,
+    decoding: Decoding,
+    batch_size: int = 64,
+    workers: int = 0,
+    *,
+    progress: bool = False,
+) -> Poses:
+    """One rescored pose for every crop of the dataset, in its order and the model's joints. No NMS.
+
+    Leaves the model in eval mode. `progress` shows a bar on a terminal.
+    Raises UnreadableImage for a picture that cannot be read, CheckFailed as `predict_crops`.
+    """
+    loader = DataLoader(
+        _Evaluated(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate_or_error,
+        worker_init_fn=worker_init,
+        pin_memory=_device(model).type == "cuda",
+    )
+    bar = tqdm(loader, "evaluate", unit="batch", leave=False, disable=None if progress else True)
+    return _predict_batches(model, map(_raise_or_batch, bar), decoding)
+
+
+def predict_dataset(
+    model: PoseModel,
+    dataset: TopDownDataset,
+    decoding: Decoding,
+    batch_size: int = 64,
+    workers: int = 0,
+    *,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """COCO results of a dataset, after OKS-NMS, in the category and the joints of its annotation file.
+
+    Raises as `predict_poses`, and UserError as `scoring.order_of_file`.
+    """
+    order = order_of_file(model.skeleton, dataset.annotations.joints)
+    poses = predict_poses(model, dataset, decoding, batch_size, workers, progress=progress).joints(order)
+    kept = suppress(poses, [model.skeleton.sigmas[joint] for joint in order], decoding.nms_threshold)
+    return to_results(poses.take(kept), dataset.annotations.category["id"])
+
+
+def predict_images(
+    model: PoseModel,
+    images: Sequence[np.ndarray | str | Path],
+    boxes: Sequence[np.ndarray],
+    decoding: Decoding | None = None,
+    *,
+    batch_size: int = 64,
+) -> list[dict[str, Any]]:
+    """COCO results of whole images: one record per box, in the order given, with its `bbox`. No NMS.
+
+    images: `[H, W, 3]` uint8 RGB, or paths (read in the stored orientation, which annotations refer to); boxes: for
+    each image `[n, 4]` xywh in its pixels. A record's `image_id` is its position in `images`, its joints the model's.
+    Leaves the model in eval mode.
+    Raises ValueError for another shape or type and for a box without area, UnreadableImage and CheckFailed as
+    `predict_poses`.
+    """
+    if len(images) != len(boxes):
+        raise ValueError(f"{len(images)} images, but boxes for {len(boxes)}; give one array [n, 4] per image")
+    crops = (crop for row, image in enumerate(images) for crop in _crops(model, image, boxes[row], row))
+    batches = map(collate, iter(lambda: list(islice(crops, batch_size)), []))
+    poses = _predict_batches(model, batches, decoding or Decoding())
+    results = to_results(poses, category_id=1)
+    return [{**record, "bbox": box} for record, box in zip(results, poses.boxes.tolist(), strict=True)]
+
+
+def rescore(box_scores: np.ndarray, joint_scores: np.ndarray, threshold: float) -> np.ndarray:
+    """HRNet's score of a pose `[N]`: its box's `[N]` times the mean of its joints' `[N, K]` above threshold, or 0."""
+    confident = joint_scores > threshold
+    total = np.where(confident, joint_scores, 0).sum(1)
+    return box_scores * total / np.maximum(confident.sum(1), 1)
+
+
+def suppress(poses: Poses, sigmas: Sequence[float], threshold: float) -> np.ndarray:
+    """OKS-NMS image by image (`oks.nms`): rows of the kept poses, ascending."""
+    by_image: defaultdict[int, list[int]] = defaultdict(list)
+    for row, image_id in enumerate(poses.image_ids):
+        by_image[image_id].append(row)
+    keypoints, scores, areas = (torch.from_numpy(a).double() for a in (poses.keypoints, poses.scores, poses.areas))
+    kept: list[int] = []
+    for rows in by_image.values():
+        kept += [rows[i] for i in oks.nms(keypoints[rows], scores[rows], areas[rows], sigmas, threshold).tolist()]
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:
+    """Poses as COCO results: image_id, category_id, keypoints (3 K numbers: x, y, joint score), score."""
+    triples = np.concatenate([poses.keypoints, poses.joint_scores[..., None]], axis=-1)
+    return [
+        {"image_id": image_id, "category_id": category_id, "keypoints": keypoints, "score": score}
+        for image_id, keypoints, score in zip(
+            poses.image_ids, triples.reshape(len(triples), -1).tolist(), poses.scores.tolist(), strict=True
+        )
+    ]
+
+
+def protocol(dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt") -> dict[str, Any]:
+    """What the metrics of a dataset depend on besides the weights; `boxes` is gt or the path of the detections."""
+    skeleton = dataset.skeleton
+    return {
+        "split": dataset.annotations.path.stem,
+        "boxes": boxes if boxes == "gt" else Path(boxes).name,
+        "boxes_predicted": len(dataset),
+        "instances": len(dataset.annotations.persons),
+        "flip": decoding.flip,
+        "flip_shift": "exact" if decoding.flip_shift is None else decoding.flip_shift,
+        "decode": decoding.refine,
+        "blur": decoding.blur,
+        "rescoring": decoding.rescore_threshold,
+        "nms": decoding.nms_threshold,
+        "sigmas": sigma_source(skeleton),
+    }
+
+
+class _Evaluated(Dataset[CropRecord | UnreadableImage]):
+    """Hands the error over as an item: raised in a worker it would arrive as another type with a worker's traceback."""
+
+    def __init__(self, dataset: TopDownDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> CropRecord | UnreadableImage:
+        try:
+            return self.dataset.evaluation_sample(index)
+        except UnreadableImage as error:
+            return error
+
+
+def _collate_or_error(items: Sequence[CropRecord | UnreadableImage]) -> CropBatch | UnreadableImage:
+    crops = []
+    for item in items:
+        if isinstance(item, UnreadableImage):
+            return item
+        crops.append(item)
+    return collate(crops)
+
+
+def _raise_or_batch(item: CropBatch | UnreadableImage) -> CropBatch:
+    if isinstance(item, UnreadableImage):
+        # Not `raise item`: in a cycle with this frame it would keep the loader, whose workers then stop seconds later.
+        raise UnreadableImage(str(item))
+    return item
+
+
+def _predict_batches(model: PoseModel, batches: Iterable[CropBatch], decoding: Decoding) -> Poses:
+    joints, device = len(model.skeleton.joints), _device(model)
+    model.eval()
+    keypoints, joint_scores = [np.zeros((0, joints, 2))], [np.zeros((0, joints))]
+    box_scores, boxes, areas = [np.zeros(0)], [np.zeros((0, 4))], [np.zeros(0)]
+    image_ids: list[int] = []
+    annotation_ids: list[int | None] = []
+    for batch in batches:
+        xy, scores = predict_crops(model, batch.to(device), decoding)
+        keypoints.append(xy.numpy())
+        joint_scores.append(scores.numpy())
+        box_scores.append(batch.scores.numpy())
+        boxes.append(batch.boxes.numpy())
+        height, width = batch.images.shape[-2:]
+        areas.append(height * width / np.abs(np.linalg.det(batch.affine[..., :2].double().numpy())))
+        image_ids += batch.image_ids
+        annotation_ids += batch.annotation_ids
+    joint_score = np.concatenate(joint_scores)
+    return Poses(
+        keypoints=np.concatenate(keypoints),
+        joint_scores=joint_score,
+        scores=rescore(np.concatenate(box_scores), joint_score, decoding.rescore_threshold),
+        boxes=np.concatenate(boxes),
+        areas=np.concatenate(areas),
+        image_ids=image_ids,
+        annotation_ids=annotation_ids,
+    )
+
+
+def _crops(model: PoseModel, image: np.ndarray | str | Path, boxes: np.ndarray, row: int) -> Iterator[CropRecord]:
+    picture = image if isinstance(image, np.ndarray) else read_image(image)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"image {row}: {picture.dtype} {list(picture.shape)}, expected uint8 [H, W, 3]")
+    boxes = np.asarray(boxes, dtype=np.float64) if len(boxes) else np.zeros((0, 4))
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all() or (boxes[:, 2:] <= 0).any():
+        raise ValueError(
+            f"boxes of image {row}: expected [n, 4], finite, x, y, width, height with an area: {boxes.tolist()}"
+        )
+    size = (model.input.height, model.input.width)
+    affines = box_to_affine(boxes, size, alignment=model.input.alignment)
+    joints = len(model.skeleton.joints)
+    for box, affine in zip(boxes, affines, strict=True):
+        yield CropRecord(
+            image=warp(picture, affine, size),
+            keypoints=np.zeros((joints, 2)),
+            visibility=np.zeros(joints, dtype=np.int64),
+            affine=affine,
+            box=box,
+            score=1.0,
+            area=float(box[2] * box[3]),
+            image_id=row,
+            annotation_id=None,
+        )
+
+
+def _device(model: PoseModel) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,223 @@
+"""Pose models: a backbone and a head, built from a ModelConfig or from a hand-off file."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor, nn
+
+from .backbones import BACKBONES, Backbone
+from .backbones.hrnet import drop_unused_fuse, is_hrnet
+from .checkpoint import load_exactly, read_export
+from .config import InputConfig, ModelConfig, Named
+from .errors import UserError
+from .heads import HEADS, DeconvHead, HRNetHead
+from .keypoints import Skeleton, load_skeleton
+
+Choice = TypeVar("Choice")
+
+
+class PoseModel(nn.Module):
+    """A top-down pose model: one heatmap per joint of a person's crop.
+
+    Args:
+        backbone: gives the maps that `head` reads.
+        head: gives one heatmap per joint of `skeleton`.
+        skeleton: the joints, in the order of the heatmaps.
+        config: what the model was built from; its `input` is the crop.
+
+    Raises:
+        UserError: the crop's size does not divide evenly through the network.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: DeconvHead | HRNetHead, skeleton: Skeleton, config: ModelConfig
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.skeleton = skeleton
+        self.config = config
+        self.input = config.input
+        read = backbone.strides[head.level]
+        if read % head.upsampling:
+            raise UserError(f"model.head: upsamples by {head.upsampling} a map of stride {read}; upsample less")
+        self.stride = read // head.upsampling
+        """Input pixels per heatmap pixel."""
+
+    @property
+    def heatmap_size(self) -> tuple[int, int]:
+        """Height and width of the heatmaps, heatmap pixels."""
+        return self.input.height // self.stride, self.input.width // self.stride
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """`normalise` crops `[B, 3, H, W]`, uint8 RGB, for this model."""
+        return normalise(images, self.input)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]`."""
+        return self.head(self.backbone(images))
+
+    def predict(
+        self, images: Sequence[np.ndarray | str | Path], boxes: Sequence[np.ndarray] | None = None
+    ) -> list[dict[str, Any]]:
+        """COCO results for the persons in `boxes`, as `inference.predict_images` describes them.
+
+        images: `[H, W, 3]` uint8 RGB, or paths; boxes: for each image `[n, 4]` xywh, image pixels.
+
+        Raises:
+            ValueError: without boxes, or as `predict_images`.
+            UnreadableImage: a path that is not a whole picture.
+        """
+        if boxes is None:
+            raise ValueError(
+                "this is a top-down model: give boxes, one array [n, 4] of x, y, width, height per image "
+                "(from a person detector, or [[0, 0, width, height]] for a picture of one person)"
+            )
+        # Imported here because inference needs the whole data path, which training a backbone does not.
+        from .inference import predict_images
+
+        return predict_images(self, images, boxes)
+
+
+def normalise(images: Tensor, input: InputConfig) -> Tensor:
+    """Turn uint8 RGB `[..., 3, H, W]` into float32 in the network's channel order, mean and standard deviation."""
+    mean = 255 * torch.tensor(input.mean, device=images.device)[:, None, None]
+    std = 255 * torch.tensor(input.std, device=images.device)[:, None, None]
+    if input.color == "bgr":
+        images = images.flip(-3)
+    return images.float().sub(mean).div_(std)
+
+
+def build_backbone(named: Named) -> Backbone:
+    """The backbone that `named` describes, with all its levels.
+
+    Raises:
+        UserError: an unknown name or keyword argument, or pretrained weights that cannot be fetched.
+    """
+    constructor = _choose("model.backbone", named, BACKBONES)
+    check_kwargs("model.backbone", named, constructor)
+    return constructor(**named.kwargs)
+
+
+def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseModel:
+    """The pose model that `config` describes, for `skeleton` (by default the one that the config names).
+
+    Raises:
+        UserError: no head, an unknown name or keyword argument, parts or a size that do not go together.
+    """
+    if config.head is None:
+        raise UserError("model.head is null: a pose model needs a head; choose from " + ", ".join(HEADS))
+    if config.refiner is not None:
+        raise UserError(f"model.refiner {config.refiner.name!r} is not known: there are none yet; set it to null")
+    if skeleton is None:
+        if config.skeleton == "auto":
+            raise UserError("model.skeleton is auto and there is no annotation file to derive it from; name one")
+        skeleton = load_skeleton(config.skeleton)
+    head_class = _choose("model.head", config.head, HEADS)
+    check_kwargs("model.head", config.head, head_class, given=("in_channels", "num_joints"))
+    backbone = build_backbone(config.backbone)
+    if is_hrnet(backbone) != (head_class is HRNetHead):
+        raise UserError(
+            f"model.head {config.head.name!r} does not go with model.backbone {config.backbone.name!r}: "
+            "use hrnet with an HRNet and simple with the others"
+        )
+    coarsest = max(backbone.strides)
+    for side in ("height", "width"):
+        if getattr(config.input, side) % coarsest or getattr(config.input, side) <= 0:
+            raise UserError(
+                f"model.input.{side} is {getattr(config.input, side)}; give a positive multiple of {coarsest}, the "
+                f"stride of {config.backbone.name}"
+            )
+    if head_class is HRNetHead:
+        drop_unused_fuse(backbone)
+    head = head_class(backbone.channels, len(skeleton.joints), **config.head.kwargs)
+    return PoseModel(backbone, head, skeleton, config)
+
+
+def load_model(path: str | Path) -> PoseModel:
+    """The pose model of a hand-off file, rebuilt from the file alone, on the CPU in eval mode.
+
+    Raises:
+        UserError: not a hand-off file, a backbone's, or one whose weights do not fit what it describes.
+    """
+    state, described = read_export(path)
+    try:
+        if described["head"] is None:
+            raise UserError(
+                f"{path}: holds a backbone (stage {described['stage']}), no pose model; "
+                "fine-tune it first: python -m finetune --init_from FILE"
+            )
+        skeleton = Skeleton.from_dict(described["skeleton"], f"{path}: skeleton")
+        crop: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in described["input"].items()
+        }
+        config = ModelConfig(
+            backbone=Named(**described["backbone"]),
+            head=Named(**described["head"]),
+            refiner=Named(**described["refiner"]) if described["refiner"] else None,
+            skeleton=skeleton.name,
+            input=InputConfig(**crop),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the metadata 'poserelay' lacks or misnames {error}; export the file again") from error
+    try:
+        model = build_model(config, skeleton)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    load_exactly(model, state, path)
+    return model.eval()
+
+
+def check_kwargs(field: str, named: Named, constructor: Callable[..., Any], given: Collection[str] = ()) -> None:
+    """Check `named.kwargs` against the signature of `constructor`, all problems in one UserError.
+
+    field: what `named` is called in the config; given: parameters that the caller passes itself.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(constructor, eval_str=True).parameters.items()
+        if name not in given
+    }
+    problems = []
+    for name, value in named.kwargs.items():
+        if name not in parameters:
+            problems.append(f"has no {name!r}, only {', '.join(parameters) or 'none at all'}")
+        elif problem := _mistyped(name, value, parameters[name].annotation):
+            problems.append(problem)
+    problems += [
+        f"needs {name!r}"
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in named.kwargs
+    ]
+    if problems:
+        raise UserError(f"{field}.kwargs of {named.name}: {'; '.join(problems)}")
+
+
+def _mistyped(name: str, value: Any, annotation: Any) -> str | None:
+    """What is wrong with a value, or None; text is not read as a number or a boolean."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=annotation)
+    try:
+        parsed = parser.parse_object({name: value})[name]
+        if not isinstance(value, str) or parsed == value:
+            return None
+    except ArgumentError:
+        pass
+    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return f"{name} is {value!r}, expected {expected.replace('typing.', '').replace('collections.abc.', '')}"
+
+
+def _choose(field: str, named: Named, choices: Mapping[str, Choice]) -> Choice:
+    if named.name not in choices:
+        near = difflib.get_close_matches(named.name, list(choices), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"{field} {named.name!r} is not known{hint}; choose from {', '.join(choices)}")
+    return choices[named.name]

@@ -1,0 +1,276 @@
+"""Metrics of predicted poses: OKS average precision through pycocotools, PCK, and the mean pose as a baseline."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from .datasets.coco import AREA_OF_BOX, CocoAnnotations
+from .errors import UserError
+from .keypoints import Skeleton, match_joints
+
+AP_NAMES = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a COCO results file, unchecked beyond being a list; see `check_results`.
+
+    Raises UserError naming the file when it is missing, not JSON, or not a list.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a COCO results file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); expected a COCO results list") from error
+    if not isinstance(records, list):
+        raise UserError(
+            f"{path}: expected a list of results, found {type(records).__name__} (is it an annotation file?)"
+        )
+    return records
+
+
+def check_results(
+    results: Sequence[Any], image_ids: Iterable[int | str], category_id: int, joints: int, source: str = "predictions"
+) -> None:
+    """Check that every record is {image_id, category_id, keypoints of 3 x `joints` numbers, score} of a known image.
+
+    Raises UserError naming `source`, the record's position in the list, the field, and what was found.
+    """
+    known = set(image_ids)
+    lengths = {"keypoints": 3 * joints, "bbox": 4}
+    for position, record in enumerate(results):
+        where = f"{source}: record {position}"
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected an object, found {type(record).__name__}")
+        missing = [key for key in ("image_id", "category_id", "keypoints", "score") if key not in record]
+        if missing:
+            raise UserError(
+                f"{where}: has no {', '.join(missing)}; every pose needs image_id, category_id, keypoints, score"
+            )
+        if not isinstance(record["image_id"], (int, str)) or record["image_id"] not in known:
+            raise UserError(f"{where}: image_id {record['image_id']!r} is not in the annotation file")
+        if record["category_id"] != category_id:
+            raise UserError(
+                f"{where}: category_id is {record['category_id']!r}, the annotations' category is {category_id}"
+            )
+        if not _is_finite_number(record["score"]):
+            raise UserError(f"{where}: score is {record['score']!r}, expected a finite number")
+        for field in lengths.keys() & record.keys():
+            numbers = record[field]
+            if not isinstance(numbers, list) or len(numbers) != lengths[field]:
+                found = f"{len(numbers)} numbers" if isinstance(numbers, list) else repr(numbers)
+                raise UserError(f"{where}: {field} has {found}, expected a list of {lengths[field]}")
+            wrong = next((number for number in numbers if not _is_finite_number(number)), None)
+            if wrong is not None:
+                raise UserError(f"{where}: {field} holds {wrong!r}, expected finite numbers")
+
+
+def order_of_file(skeleton: Skeleton, joints: Sequence[str]) -> list[int]:
+    """For each joint of an annotation file its index in `skeleton`, by name.
+
+    Raises UserError where the skeleton lacks one: its sigma is unknown, and OKS counts an unpredicted joint as missed.
+    """
+    order = match_joints(skeleton.joints, joints)
+    missing = [joint for joint, index in zip(joints, order, strict=True) if index is None]
+    if missing:
+        raise UserError(
+            f"skeleton {skeleton.name!r} lacks {', '.join(missing)} of the annotation file; "
+            "name the joints alike, or convert the file to this skeleton"
+        )
+    return [index for index in order if index is not None]
+
+
+def sigma_source(skeleton: Skeleton) -> str:
+    """How OKS was normalised, for a protocol: the skeleton's name, with a warning where its sigmas are assumed."""
+    return f"{skeleton.name} (assumed)" if skeleton.sigmas_assumed else skeleton.name
+
+
+def coco_ap(
+    annotations: str | Path | Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    skeleton: Skeleton,
+    source: str = "predictions",
+) -> dict[str, float]:
+    """OKS average precision and recall of `results` against a COCO keypoint file, by pycocotools.
+
+    Returns the ten figures of COCO's keypoint table as fractions (AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl);
+    -1, as pycocotools has it, where the annotations hold no person of that size. Joints are in the file's order, sigmas
+    the skeleton's by name. Persons without an `area` count with 0.53 of their box (CrowdPose). The size of a
+    prediction, which decides whether an unmatched one counts in APm and APl, is its `bbox` where all records bring one
+    and the extent of its joints otherwise.
+
+    `annotations`: a path or its parsed JSON, taken as valid (`datasets.coco.read_coco`). `source` names the results in
+    messages.
+    Raises UserError for a malformed record (`check_results`), a joint that the skeleton lacks (`order_of_file`), and
+    where no person is labelled.
+    """
+    data = (
+        annotations if isinstance(annotations, Mapping) else json.loads(Path(annotations).read_text(encoding="utf-8"))
+    )
+    category = next(category for category in data["categories"] if category.get("keypoints"))
+    joints = len(category["keypoints"])
+    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, category["keypoints"])]
+    check_results(results, (image["id"] for image in data["images"]), category["id"], joints, source)
+    persons = [person for person in data["annotations"] if person["category_id"] == category["id"]]
+    truth = [_ground_truth(person, number, joints) for number, person in enumerate(persons, start=1)]
+    if not any(person["num_keypoints"] > 0 and not person["iscrowd"] for person in truth):
+        raise UserError("the annotations hold no person with labelled joints: nothing to score against")
+
+    fields = {"image_id", "category_id", "keypoints", "score"}
+    if all("bbox" in record for record in results):
+        fields.add("bbox")
+    poses = [{field: record[field] for field in fields} for record in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth: Any = COCO()  # its stubs know neither keypoints nor results in memory
+        ground_truth.dataset = {"images": data["images"], "categories": [category], "annotations": truth}
+        ground_truth.createIndex()
+        # loadRes looks at the first record to tell what the results are.
+        predictions = ground_truth.loadRes(poses) if poses else COCO()
+        evaluation = COCOeval(ground_truth, predictions, "keypoints")
+        evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: float(value) for name, value in zip(AP_NAMES, evaluation.stats, strict=True)}
+
+
+def pck(
+    predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray, reference: np.ndarray, threshold: float = 0.2
+) -> dict[str, Any]:
+    """Share of labelled joints predicted within `threshold` times their person's reference length.
+
+    predicted, truth: `[N, K, 2]` pixels of one frame; a NaN prediction is a miss. visibility: `[N, K]`, labelled
+    where > 0. reference: `[N]`, same pixels; persons whose reference is NaN or 0 are left out.
+    Returns {"PCK": over all labelled joints, "per_joint": `[K]`, "persons": how many counted}; a share is NaN where
+    nothing is labelled.
+    """
+    counted = np.nan_to_num(reference) > 0
+    labelled = (np.asarray(visibility) > 0) & counted[:, None]
+    distance = np.linalg.norm(np.asarray(predicted, dtype=np.float64) - truth, axis=-1)
+    correct = labelled & (distance <= threshold * np.nan_to_num(reference)[:, None])
+    with np.errstate(invalid="ignore"):
+        per_joint = correct.sum(0) / labelled.sum(0)
+        overall = np.divide(correct.sum(), labelled.sum())
+    return {"PCK": float(overall), "per_joint": per_joint, "persons": int(labelled.any(1).sum())}
+
+
+def torso_reference(keypoints: np.ndarray, visibility: np.ndarray, torso: tuple[int, int]) -> np.ndarray:
+    """Distance `[N]` between the two joints `torso` of keypoints `[N, K, 2]`; NaN where either is not labelled."""
+    first, second = torso
+    length = np.linalg.norm(keypoints[:, first] - keypoints[:, second], axis=-1)
+    return np.where((visibility[:, first] > 0) & (visibility[:, second] > 0), length, np.nan)
+
+
+def box_reference(boxes: np.ndarray) -> np.ndarray:
+    """The longer side `[N]` of boxes `[N, 4]` (xywh)."""
+    return boxes[:, 2:].max(axis=1)
+
+
+def match_poses(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray) -> np.ndarray:
+    """For each of N persons the index of its own among M predictions, or -1: greedy, the closest pair first.
+
+    A pair's distance is the mean over the person's labelled joints.
+    predicted: `[M, K, 2]`; truth: `[N, K, 2]`, same pixels, of one image; visibility: `[N, K]`. A person without any
+    labelled joint gets -1.
+    """
+    labelled = visibility > 0
+    distance = np.linalg.norm(truth[:, None] - predicted[None], axis=-1)  # [N, M, K]
+    count = labelled.sum(1)
+    cost = (distance * labelled[:, None]).sum(-1) / np.maximum(count, 1)[:, None]
+    matched = np.full(len(truth), -1)
+    taken = np.zeros(len(predicted), dtype=bool)
+    for flat in np.argsort(cost, axis=None, kind="stable"):
+        person, pose = np.unravel_index(flat, cost.shape)
+        if matched[person] < 0 and not taken[pose] and count[person]:
+            matched[person], taken[pose] = pose, True
+    return matched
+
+
+def match_results(annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The predicted joints `[P, K, 2]` of each of `annotations.persons`, NaN where none is left for it (`match_poses`).
+
+    `results` are valid (`check_results`), with the joints of the file.
+    """
+    rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
+    image_of_pose = np.array([rows[record["image_id"]] for record in results], dtype=np.int64)
+    joints = len(annotations.joints)
+    triples = np.array([record["keypoints"] for record in results], dtype=np.float64).reshape(-1, joints, 3)
+    persons = annotations.persons
+    image_of_person = annotations.image_index[persons]
+    matched = np.full((len(persons), joints, 2), np.nan)
+    for image in np.unique(image_of_person):
+        its_persons, its_poses = np.flatnonzero(image_of_person == image), triples[image_of_pose == image, :, :2]
+        truth = persons[its_persons]
+        pose = match_poses(its_poses, annotations.keypoints[truth], annotations.visibility[truth])
+        matched[its_persons[pose >= 0]] = its_poses[pose[pose >= 0]]
+    return matched
+
+
+def pck_of_persons(
+    annotations: CocoAnnotations, predicted: np.ndarray, skeleton: Skeleton, threshold: float = 0.2
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """PCK of `predicted` `[P, K, 2]` for `annotations.persons`, joints in the file's order, with its protocol.
+
+    The reference length is the distance of the skeleton's torso joints, persons without both left out; the longer side
+    of the box for skeletons without a torso. Metrics: PCK and PCK/<joint>, fractions (NaN where nothing is labelled).
+    """
+    persons = annotations.persons
+    truth, visibility = annotations.keypoints[persons], annotations.visibility[persons]
+    reference, name = box_reference(annotations.boxes[persons]), "longer side of the box"
+    if skeleton.torso:
+        first, second = match_joints(annotations.joints, skeleton.torso)
+        if first is not None and second is not None:
+            reference, name = torso_reference(truth, visibility, (first, second)), " to ".join(skeleton.torso)
+    found = pck(predicted, truth, visibility, reference, threshold)
+    per_joint = zip(annotations.joints, found["per_joint"].tolist(), strict=True)
+    metrics = {"PCK": found["PCK"], **{f"PCK/{joint}": value for joint, value in per_joint}}
+    return metrics, {"pck_threshold": threshold, "pck_reference": name, "pck_instances": found["persons"]}
+
+
+def mean_pose(keypoints: np.ndarray, visibility: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Mean position `[K, 2]` of each labelled joint in its box, as fractions of width and height: the baseline's pose.
+
+    keypoints: `[N, K, 2]`, boxes: `[N, 4]` xywh, same pixels; visibility: `[N, K]`. A joint that is never labelled is
+    put at the box's centre.
+    """
+    labelled = (visibility > 0)[..., None]
+    fractions = (keypoints - boxes[:, None, :2]) / boxes[:, None, 2:]
+    total = np.where(labelled, fractions, 0.0).sum(0)
+    count = labelled.sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), 0.5)
+
+
+def place_pose(pose: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """`pose` `[K, 2]`, in fractions of a box, put into each of boxes `[N, 4]` xywh: `[N, K, 2]`, the boxes' pixels."""
+    return boxes[:, None, :2] + pose * boxes[:, None, 2:]
+
+
+def _ground_truth(person: Mapping[str, Any], number: int, joints: int) -> dict[str, Any]:
+    """A person as pycocotools needs it; it marks a match by the annotation's id, so that id 0 would never match."""
+    keypoints = person.get("keypoints") or [0] * (3 * joints)
+    box = person["bbox"]
+    # num_keypoints of the file decides who is ignored, also where it contradicts the visibilities, as in CrowdPose.
+    return {
+        "id": number,
+        "image_id": person["image_id"],
+        "category_id": person["category_id"],
+        "keypoints": keypoints,
+        "num_keypoints": person.get("num_keypoints", sum(v > 0 for v in keypoints[2::3])),
+        "bbox": box,
+        "area": person.get("area", AREA_OF_BOX * box[2] * box[3]),
+        "iscrowd": person.get("iscrowd", 0),
+    }
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

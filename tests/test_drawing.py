@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poserelay.drawing import FIRST_SIDE, MIDLINE, SECOND_SIDE, draw_poses
+from poserelay.keypoints import Skeleton
+
+SKELETON = Skeleton(
+    name="stick",
+    joints=("nose", "left_hand", "right_hand"),
+    flip_pairs=(("left_hand", "right_hand"),),
+    limbs=(("nose", "left_hand"), ("nose", "right_hand"), ("left_hand", "right_hand")),
+)
+GREY = np.full((120, 160, 3), 128, dtype=np.uint8)
+POSE = np.array([[[80.0, 20.0], [130.0, 100.0], [30.0, 100.0]]])
+SURE = np.ones((1, 3))
+
+
+def at(image: np.ndarray, x: int, y: int) -> tuple[int, ...]:
+    return tuple(int(value) for value in image[y, x])
+
+
+def test_sides_are_told_apart_by_colour() -> None:
+    drawn = draw_poses(GREY, POSE, SURE, SKELETON)
+    assert at(drawn, 130, 100) == FIRST_SIDE
+    assert at(drawn, 30, 100) == SECOND_SIDE
+    assert at(drawn, 80, 20) == MIDLINE
+    assert at(drawn, 105, 60) == FIRST_SIDE  # halfway from nose to left hand
+    assert at(drawn, 55, 60) == SECOND_SIDE
+    assert at(drawn, 80, 100) == MIDLINE  # from side to side
+    assert at(drawn, 5, 5) == (128, 128, 128)
+
+
+def test_the_picture_given_is_not_drawn_on() -> None:
+    before = GREY.copy()
+    draw_poses(GREY, POSE, SURE, SKELETON)
+    np.testing.assert_array_equal(GREY, before)
+
+
+def test_uncertain_joints_take_their_limbs_with_them() -> None:
+    drawn = draw_poses(GREY, POSE, np.array([[1.0, 0.1, 1.0]]), SKELETON, threshold=0.2)
+    assert at(drawn, 130, 100) == (128, 128, 128)
+    assert at(drawn, 105, 60) == (128, 128, 128)
+    assert at(drawn, 55, 60) == pytest.approx(SECOND_SIDE, abs=20)
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, 1e9, -1e9])
+def test_wild_coordinates_do_not_break_the_rest(wild: float) -> None:
+    pose = POSE.copy()
+    pose[0, 1, 0] = wild
+    drawn = draw_poses(GREY, pose, SURE, SKELETON)
+    assert at(drawn, 55, 60) != (128, 128, 128)
+
+
+def test_no_poses_leave_the_picture_as_it_is() -> None:
+    np.testing.assert_array_equal(draw_poses(GREY, np.zeros((0, 3, 2)), np.zeros((0, 3)), SKELETON), GREY)
+    np.testing.assert_array_equal(draw_poses(GREY, POSE, 0 * SURE, SKELETON), GREY)
+
+
+def test_sub_pixel_positions_move_the_drawing() -> None:
+    """Antialiased at a sixteenth of a pixel: the centroid of what changed follows the joint."""
+    single = Skeleton(name="dot", joints=("nose",))
+
+    def centroid(x: float) -> float:
+        drawn = draw_poses(GREY, np.array([[[x, 50.0]]]), np.ones((1, 1)), single).astype(float)
+        weight = np.abs(drawn - 128).sum(-1)
+        return float((weight * np.arange(160)).sum() / weight.sum())
+
+    assert centroid(80.5) - centroid(80.0) == pytest.approx(0.5, abs=0.1)
+    assert centroid(80.0) == pytest.approx(80.0, abs=0.1)
+
+
+def test_larger_persons_get_thicker_lines() -> None:
+    canvas = np.full((900, 900, 3), 128, dtype=np.uint8)
+
+    def share(scale: float) -> float:
+        drawn = draw_poses(canvas, POSE * scale, SURE, SKELETON)
+        return float((drawn != 128).any(-1).sum() / scale)
+
+    assert share(6.0) > 2 * share(1.0)
+
+
+def test_the_most_confident_pose_lies_on_top() -> None:
+    single = Skeleton(name="pair", joints=("left_hand", "right_hand"), flip_pairs=(("left_hand", "right_hand"),))
+    poses = np.array([[[50.0, 50.0], [10.0, 10.0]], [[10.0, 90.0], [50.0, 50.0]]])
+    left_on_top = draw_poses(GREY, poses, np.array([[0.9, 0.9], [0.5, 0.5]]), single)
+    right_on_top = draw_poses(GREY, poses, np.array([[0.5, 0.5], [0.9, 0.9]]), single)
+    assert at(left_on_top, 50, 50) == FIRST_SIDE
+    assert at(right_on_top, 50, 50) == SECOND_SIDE

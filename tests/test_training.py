@@ -1,0 +1,289 @@
+"""Both training stages, run in this process on a few rendered people: exact resume, hand-off, what stops a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from finetune.__main__ import main as finetune
+from poserelay.checkpoint import read_export
+from poserelay.run import file_sha256, read_metrics
+from pretrain.__main__ import main as pretrain
+
+SMALL = {"name": "timm", "kwargs": {"model": "test_resnet"}}  # 0.5 M parameters: resume files of a few MB
+Stage = Callable[[list[str]], int]
+
+
+def finetune_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    config = {
+        "model": {
+            "backbone": SMALL,
+            "head": {"name": "simple", "kwargs": {"deconv_channels": [8, 8]}},
+            "skeleton": "coco17",
+            "input": {"height": 64, "width": 64},
+        },
+        "data": {"annotations": str(people / "annotations.json"), "images": str(people / "images")},
+        "optim": {"batch_size": 4, "lr_batch": 4, "epochs": 2, "drops": [1]},
+        "labels": {"count": 10},
+        "threads": 1,
+        "workers": 0,
+        "save_every": 2,
+        "log_every": 1,
+    }
+    return write(run_dir, config, more)
+
+
+def pretrain_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    config = {
+        "model": {"backbone": SMALL, "input": {"height": 32, "width": 32}},
+        "data": {"images": str(people / "images")},
+        "method": {"name": "mscl", "kwargs": {"width": 16, "prediction_width": 8}},
+        "optim": {"batch_size": 6, "epochs": 2},
+        "threads": 1,
+        "workers": 0,
+        "save_every": 2,
+        "log_every": 1,
+    }
+    return write(run_dir, config, more)
+
+
+def write(run_dir: Path, config: dict, more: tuple[str, ...]) -> list[str]:
+    file = run_dir.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    return ["--config", str(file), "--run_dir", str(run_dir), *more]
+
+
+STAGES = {"finetune": (finetune, finetune_arguments), "pretrain": (pretrain, pretrain_arguments)}
+
+
+@pytest.fixture(params=list(STAGES))
+def stage(request: pytest.FixtureRequest) -> tuple[Stage, Callable[..., list[str]]]:
+    return STAGES[request.param]
+
+
+class stop_after:  # noqa: N801
+    """Sends this process a signal once the run has logged `step`."""
+
+    def __init__(self, run_dir: Path, step: int, number: signal.Signals) -> None:
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch, args=(run_dir / "metrics.jsonl", step, number))
+
+    def watch(self, metrics: Path, step: int, number: signal.Signals) -> None:
+        while not self.done.is_set():
+            if any(row["step"] >= step for row in read_metrics(metrics)):
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.005)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_error: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_and_the_next_start_ends_with_the_same_bytes(
+    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], number: signal.Signals
+) -> None:
+    main, arguments = stage
+    assert main(arguments(people, tmp_path / "whole", "--optim.epochs", "3")) == 0
+    with stop_after(tmp_path / "cut", 3, number):
+        assert main(arguments(people, tmp_path / "cut", "--optim.epochs", "3")) == 75
+    status = json.loads((tmp_path / "cut" / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert number.name in status["reason"]
+    assert not (tmp_path / "cut" / "done.json").exists()
+    assert main(arguments(people, tmp_path / "cut", "--optim.epochs", "3")) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "export/model.safetensors").read_bytes() == (other / "export/model.safetensors").read_bytes()
+    first, second = (torch.load(run / "resume/last.pt", weights_only=True) for run in (one, other))
+    assert first["state"] == second["state"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+
+
+def test_workers_change_nothing(
+    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]]
+) -> None:
+    main, arguments = stage
+    assert main(arguments(people, tmp_path / "none")) == 0
+    assert main(arguments(people, tmp_path / "two", "--workers", "2")) == 0
+    assert_same_run(tmp_path / "none", tmp_path / "two")
+
+
+def test_a_damaged_last_file_falls_back_to_the_one_before(people: Path, tmp_path: Path) -> None:
+    assert finetune(finetune_arguments(people, tmp_path / "whole")) == 0
+    assert finetune(finetune_arguments(people, tmp_path / "cut")) == 0
+    for name in ("done.json", "export/model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    last = tmp_path / "cut" / "resume" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert finetune(finetune_arguments(people, tmp_path / "cut")) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_finished_run_is_left_alone(
+    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments = stage
+    run = tmp_path / "run"
+    assert main(arguments(people, run)) == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert main(arguments(people, run)) == 0
+    assert "already finished" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert main(arguments(people, run, "--resume", "never")) == 2
+    assert main(arguments(people, run, "--seed", "5")) == 2
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+    done = json.loads((run / "done.json").read_text())
+    assert done["export_sha256"] == file_sha256(run / "export/model.safetensors")
+
+
+def test_the_written_config_starts_the_same_run(
+    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]]
+) -> None:
+    main, arguments = stage
+    assert main(arguments(people, tmp_path / "run")) == 0
+    assert main(["--config", str(tmp_path / "run" / "config.yaml"), "--run_dir", str(tmp_path / "again")]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+def test_the_backbone_is_handed_on(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "pre")) == 0
+    export = tmp_path / "pre/export/model.safetensors"
+    state, described = read_export(export)
+    assert described["head"] is None
+    assert all(name.startswith("backbone.") for name in state)
+    more = ("--init_from", str(export), "--optim.lr", "1e-30")
+    assert finetune(finetune_arguments(people, tmp_path / "fine", *more)) == 0
+    tuned, described = read_export(tmp_path / "fine/export/model.safetensors")
+    assert described["upstream"] == {"stage": "pretrain", "sha256": file_sha256(export)}
+    for name, value in state.items():  # at a learning rate of nothing the weights are still those handed over
+        if "running" not in name and "num_batches" not in name:
+            assert torch.allclose(value, tuned[name], atol=1e-20), name
+    resnet34 = ("--init_from", str(export), "--model.backbone", "{name: resnet34, kwargs: {}}")
+    assert finetune(finetune_arguments(people, tmp_path / "other", *resnet34)) == 2
+    assert "timm backbone, the config names resnet34" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_init_from_must_stay_the_same_file(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "pre")) == 0
+    export = tmp_path / "pre/export/model.safetensors"
+    arguments = finetune_arguments(people, tmp_path / "fine", "--init_from", str(export), "--optim.epochs", "4")
+    with stop_after(tmp_path / "fine", 3, signal.SIGTERM):
+        assert finetune(arguments) == 75
+    assert pretrain(pretrain_arguments(people, tmp_path / "pre2", "--seed", "9")) == 0
+    os.replace(tmp_path / "pre2/export/model.safetensors", export)
+    assert finetune(arguments) == 2
+    assert "init_from: the file has changed" in capsys.readouterr().err
+
+
+def test_validation_and_best(people: Path, tmp_path: Path) -> None:
+    more = ("--data.validation_annotations", str(people / "annotations.json"), "--validate_every", "1")
+    arguments = finetune_arguments(people, tmp_path / "run", *more, "--export", "best", "--optim.epochs", "3")
+    assert finetune(arguments) == 0
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row["kind"] == "validation"]
+    assert len(rows) == 3
+    done = json.loads((tmp_path / "run/done.json").read_text())
+    assert done["metrics"]["AP"] == max(row["AP"] for row in rows)
+    assert done["metrics"]["protocol"]["boxes"] == "gt"
+    assert done["metrics"]["protocol"]["export"] == "best"
+
+
+@pytest.fixture
+def damaged(people: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the pictures with two cut short."""
+    folder = tmp_path / "damaged"
+    (folder / "images").mkdir(parents=True)
+    for number, path in enumerate(sorted((people / "images").iterdir())):
+        data = path.read_bytes()
+        (folder / "images" / path.name).write_bytes(data[: len(data) // 2] if number < 2 else data)
+    (folder / "annotations.json").write_bytes((people / "annotations.json").read_bytes())
+    return folder
+
+
+def test_unreadable_pictures_are_replaced_counted_and_limited(
+    damaged: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments = stage
+    every = ("--labels.count", "24") if main is finetune else ()
+    assert main(arguments(damaged, tmp_path / "lenient", *every, "--max_unreadable", "0.5")) == 0
+    rows = [row for row in read_metrics(tmp_path / "lenient/metrics.jsonl") if row["kind"] == "train"]
+    assert max(row["unreadable"] for row in rows) >= 2
+    assert "truncated" in capsys.readouterr().err
+    assert main(arguments(damaged, tmp_path / "strict", *every)) == 3
+    assert "pictures are unreadable" in capsys.readouterr().err
+    assert json.loads((tmp_path / "strict/status.json").read_text())["state"] == "failed"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments = stage
+    lr = ("--optim.lr", "1e30") if main is finetune else ("--optim.base_lr", "1e30")
+    assert main(arguments(people, tmp_path / "run", *lr)) == 3
+    assert "the loss is not a number at step" in capsys.readouterr().err
+    for path in (tmp_path / "run" / "resume").glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        assert all(torch.isfinite(value).all() for value in saved["model"].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--model.skeleton", "coco18"), "coco18"),
+        (("--model.backbone", "{name: resnet19, kwargs: {}}"), "resnet18"),
+        (("--model.head", "{name: simple, kwargs: {deconv: 3}}"), "deconv"),
+        (("--data.images", "nowhere"), "nowhere"),
+        (("--data.annotations", "nowhere.json"), "nowhere.json"),
+        (("--labels.count", "1000"), "labels.count is 1000"),
+        (("--init_from", "nowhere.safetensors"), "no such file"),
+        (("--optim.batch_size", "0"), "optim.batch_size is 0"),
+        (("--model.input.height", "65"), "model.input.height is 65"),
+    ],
+)
+def test_mistakes_end_before_anything_is_written(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    assert finetune(finetune_arguments(people, tmp_path / "run", *more)) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--method.kwargs", "{witdh: 3}"), "width"),
+        (("--method.name", "msclr"), "mscl"),
+        (("--loss_weights", "[1, 2]"), "loss_weights"),
+        (("--data.images", "nowhere"), "no such folder"),
+        (("--model.head", "{name: simple}"), "model.head"),
+        (("--model.input.width", "64"), "square"),
+        (("--optim.batch_size", "1"), "optim.batch_size is 1"),
+    ],
+)
+def test_pretraining_mistakes(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
