@@ -13,7 +13,7 @@ $(SETUP): pyproject.toml
 	touch $@
 
 demo: $(SETUP)
-	$(BIN)/python demo.py
+	bash demo.sh
 
 test: $(SETUP)
 	$(BIN)/python -m pytest

@@ -95,7 +95,7 @@ class ReportConfig:
     """Put runs side by side: a table of their metrics and a plot of their losses."""
 
     runs: list[str]
-    """Run directories; test metrics are read from RUN/evaluation/metrics.json (`evaluation test --out RUN/evaluation`)."""
+    """Run directories; test metrics are read from RUN/evaluation/ (`evaluation test --out RUN/evaluation`)."""
     out: str
     """Folder for report.md and losses.png."""
 

@@ -66,7 +66,7 @@ class FinetuneConfig:
     validate_every: int = 10
     """Epochs between validations; the last epoch is always validated."""
     export: Literal["last", "best"] = "last"
-    """Weights to hand off; best has the highest AP on the validation set, which must then not be the reported test set."""
+    """Weights to hand off; best has the highest AP on the validation set, which must not be the reported test set."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
     seed: int = 0

@@ -57,6 +57,7 @@ class Data:
 class State:
     """What changes during a run and is saved with it."""
 
+    world: int
     step: int = 0
     unreadable: int = 0
     validation: dict[str, float] = field(default_factory=dict)
@@ -142,7 +143,7 @@ def train(
     network = fabric.setup_module(sync_batch_norm(model, fabric))
     plain_optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, upstream, State())
+    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, upstream, State(world))
     announce(fabric, config, data, global_batch, total, state)
 
     batches = EpochBatches(
@@ -206,7 +207,8 @@ def training_step(
     batch = batch.to(fabric.device)
     heatmaps = network(model.preprocess(batch.images)).float()  # [B, K, h, w]
     size = (heatmaps.shape[-2], heatmaps.shape[-1])
-    keypoints = input_to_heatmap(batch.keypoints, batch.images.shape[-2:], size, config.model.input.alignment)
+    crop = (config.model.input.height, config.model.input.width)
+    keypoints = input_to_heatmap(batch.keypoints, crop, size, config.model.input.alignment)
     targets = encode(keypoints, batch.visibility, size, config.sigma, quantize=config.quantize)
     loss = joints_mse(heatmaps, targets, target_weight(keypoints, batch.visibility, size, config.sigma))
     optimizer.zero_grad()
@@ -233,9 +235,9 @@ def export(
     """Write the hand-off file and the record of the run."""
     weights = load_best(run.path / "resume") if config.export == "best" else model.state_dict()
     metrics: dict[str, Any] = dict(state.best if config.export == "best" else state.validation)
-    if metrics:
-        metrics["protocol"] = protocol(data.validation, config.decoding, config.data.validation_boxes)
-        metrics["protocol"]["export"] = config.export
+    if metrics and data.validation:
+        made = protocol(data.validation, config.decoding, config.data.validation_boxes)
+        metrics["protocol"] = {**made, "export": config.export}
     described = describe(
         stage="finetune",
         method=config.model.head.name if config.model.head else "",
@@ -251,16 +253,17 @@ def export(
 
 def announce(fabric: Fabric, config: FinetuneConfig, data: Data, global_batch: int, total: int, state: State) -> None:
     """Say on stderr what is about to run, and what about it may surprise."""
+    images = len(set(data.training.image_index.tolist()))
+    norm = global_batch if fabric.device.type == "cuda" else config.optim.batch_size
     lines = [
-        f"finetune: {len(data.training)} persons on {len(set(data.training.image_index.tolist()))} images, batch {global_batch} in all "
-        f"({config.optim.batch_size} x {fabric.world_size}, batch norm over "
-        f"{global_batch if fabric.device.type == 'cuda' else config.optim.batch_size}), lr {config.optim.lr:g}, "
-        f"{total} steps, {fabric.device.type} {config.precision}, {torch.get_num_threads()} threads"
+        f"finetune: {len(data.training)} persons on {images} images, {total} steps, {fabric.device.type} "
+        f"{config.precision}, {torch.get_num_threads()} threads; batch {global_batch} in all "
+        f"({config.optim.batch_size} x {fabric.world_size}), batch norm over {norm}; lr {config.optim.lr:g}"
     ]
     if global_batch != config.optim.lr_batch:
         lines.append(
-            f"warning: lr {config.optim.lr:g} was chosen for a batch of {config.optim.lr_batch}, this run has {global_batch}; "
-            "it is not rescaled"
+            f"warning: lr {config.optim.lr:g} was chosen for a batch of {config.optim.lr_batch}, this run has "
+            f"{global_batch}; it is not rescaled"
         )
     if data.skeleton.sigmas_assumed:
         lines.append(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from .command import run_commands
 from .config import InspectConfig
-from .synthesize import SynthesizeConfig, main as synthesize
+from .synthesize import SynthesizeConfig
+from .synthesize import main as synthesize
 
 
 def main(argv: Sequence[str] | None = None) -> int:

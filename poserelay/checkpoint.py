@@ -214,13 +214,19 @@ def restore_training(
 ) -> State:
     """Put a `training_state` back and return the stage's state in it, or `state` unchanged where nothing was saved.
 
-    Raises UserError when the file of `init_from` is no longer the one that the run started from.
+    Raises UserError when the file of `init_from` is no longer the one that the run started from, and when another
+    number of processes (`state.world`) would see other batches.
     """
     if saved is None:
         return state
     if saved["upstream"] != (dict(upstream) if upstream else None):
         raise UserError(
             "init_from: the file has changed since this run started from it; put it back, or name a new run_dir"
+        )
+    if saved["state"]["world"] != state.world:
+        raise UserError(
+            f"resume: this run was started with {saved['state']['world']} processes and now has {state.world}, whose "
+            "batches differ; start the same number, or name a new run_dir"
         )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])

@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -43,8 +44,14 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly:
     arguments = _complete_flags(config_class, argv)
     if partly:
         names = {f.name for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
-        blocks = {key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8")).items() if key in names}
-        kept = [a for a, before in zip(arguments, ["", *arguments], strict=False) if "--config" not in (a.split("=")[0], before)]
+        blocks = {
+            key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8")).items() if key in names
+        }
+        kept = [
+            a
+            for a, before in zip(arguments, ["", *arguments], strict=False)
+            if "--config" not in (a.split("=")[0], before)
+        ]
         arguments = ["--config", yaml.safe_dump(blocks), *kept] if files else kept
     try:
         namespace = parser.parse_args(arguments)
@@ -95,7 +102,12 @@ def run_commands(
 
 
 def run_command(
-    argv: Sequence[str] | None, prog: str, config_class: type, function: Callable[[Any], object], *, partly: bool = False
+    argv: Sequence[str] | None,
+    prog: str,
+    config_class: type,
+    function: Callable[[Any], object],
+    *,
+    partly: bool = False,
 ) -> int:
     """Parse `argv` and call `function(config)`; return the exit code of the contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -117,7 +129,7 @@ def _complete_flags(config_class: Any, argv: Sequence[str]) -> list[str]:
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
     files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    return [Path(f) for f in files + [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]]
+    return [Path(f) for f in files + [value for flag, value in pairwise(argv) if flag == "--config"]]
 
 
 def _check_yaml(file: Path) -> None:

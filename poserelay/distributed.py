@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from torch import nn
 
 from .errors import UserError
@@ -67,7 +69,7 @@ def _join(world: int, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        store = torch.distributed.TCPStore(
+        store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             host, port, world, is_master=rank == 0, timeout=timedelta(seconds=RENDEZVOUS_SECONDS)
         )
         torch.distributed.init_process_group(
@@ -81,14 +83,14 @@ def _join(world: int, cuda: bool) -> None:
 
 
 def sync_batch_norm(module: nn.Module, fabric: Fabric) -> nn.Module:
-    """BatchNorm over all processes where there are several GPUs; on the CPU it stays per process (torch has no other)."""
+    """BatchNorm over all processes where there are several GPUs; on the CPU torch has it per process only."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return module
 
 
 def on_rank_zero(fabric: Fabric, function: Callable[[], Result]) -> Result | None:
-    """`function()` on rank 0, None elsewhere; a UserError of rank 0 is raised on every rank, so that none waits for it."""
+    """`function()` on rank 0, None elsewhere; its UserError is raised on every rank, so that none waits."""
     result, problem = None, None
     if fabric.is_global_zero:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -68,3 +70,20 @@ def _fixed_point(points: np.ndarray, size: tuple[int, int]) -> list[tuple[int, i
     limit = 4.0 * max(size)
     near = np.clip(np.nan_to_num(points), -limit, limit)
     return [(int(x), int(y)) for x, y in np.rint(near * (1 << _SUBPIXEL_BITS))]
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 256) -> np.ndarray:
+    """Pictures `[H, W, 3]` in rows of `columns`, each scaled to fit a square of `side` pixels, white around them."""
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * side, min(columns, len(pictures)) * side, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        factor = side / max(picture.shape[:2])
+        shrinks = factor < 1
+        small = cv2.resize(
+            picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        )
+        height, width = min(side, small.shape[0]), min(side, small.shape[1])
+        top = number // columns * side + (side - height) // 2
+        left = number % columns * side + (side - width) // 2
+        sheet[top : top + height, left : left + width] = small[:height, :width]
+    return sheet

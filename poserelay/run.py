@@ -26,7 +26,7 @@ from .errors import UserError
 UNCOMPARED = ("run_dir", "resume", "workers", "device", "log_every", "save_every")
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it into place: a reader sees the old or the new file.
 
     Raises UserError when the disk refuses (full, read-only); the file that was there stays.
@@ -48,7 +48,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` atomically by `text`."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

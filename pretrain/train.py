@@ -35,6 +35,7 @@ METHODS = {"mscl": MSCL}
 class State:
     """What changes during a run and is saved with it."""
 
+    world: int
     step: int = 0
     unreadable: int = 0
 
@@ -94,7 +95,7 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
     network = fabric.setup_module(sync_batch_norm(model, fabric))
     plain_optimizer = build_optimizer(model, config, base_lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, None, State())
+    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, None, State(world))
     announce(fabric, config, images, global_batch, base_lr, total, state)
 
     batches = EpochBatches(
@@ -220,9 +221,10 @@ def announce(
     """Say on stderr what is about to run."""
     norm = global_batch if fabric.device.type == "cuda" else config.optim.batch_size
     lines = [
-        f"pretrain: {len(images)} pictures, batch {global_batch} in all ({config.optim.batch_size} x {fabric.world_size}, "
-        f"batch norm over {norm} per view), lr {base_lr:g} = {config.optim.base_lr:g} x {global_batch} / 256, {total} steps, "
-        f"{fabric.device.type} {config.precision}, {torch.get_num_threads()} threads"
+        f"pretrain: {len(images)} pictures, {total} steps, {fabric.device.type} {config.precision}, "
+        f"{torch.get_num_threads()} threads; batch {global_batch} in all ({config.optim.batch_size} x "
+        f"{fabric.world_size}), batch norm over {norm} per view; lr {base_lr:g} = {config.optim.base_lr:g} x "
+        f"{global_batch} / 256"
     ]
     if state.step:
         lines.append(f"resuming at step {state.step}")

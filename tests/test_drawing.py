@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from poserelay.drawing import FIRST_SIDE, MIDLINE, SECOND_SIDE, draw_poses
+from poserelay.drawing import FIRST_SIDE, MIDLINE, SECOND_SIDE, contact_sheet, draw_poses
 from poserelay.keypoints import Skeleton
 
 SKELETON = Skeleton(
@@ -88,3 +88,17 @@ def test_the_most_confident_pose_lies_on_top() -> None:
     right_on_top = draw_poses(GREY, poses, np.array([[0.5, 0.5], [0.9, 0.9]]), single)
     assert at(left_on_top, 50, 50) == FIRST_SIDE
     assert at(right_on_top, 50, 50) == SECOND_SIDE
+
+
+def test_contact_sheet_fits_and_centres_every_picture() -> None:
+    colours = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
+    shapes = [(50, 100), (100, 50), (30, 30)]
+    pictures = [np.full((*shape, 3), colour, np.uint8) for shape, colour in zip(shapes, colours, strict=True)]
+    sheet = contact_sheet(pictures, columns=2, side=40)
+    assert sheet.shape == (80, 80, 3)
+    # Scaled to 40 x 20, 20 x 40 and 40 x 40: the share of each colour, the rest white.
+    for colour, pixels in zip(colours, (800, 800, 1600), strict=True):
+        assert (sheet == colour).all(-1).sum() == pixels
+    assert tuple(sheet[20, 0]) == colours[0]
+    assert tuple(sheet[0, 60]) == colours[1]
+    assert (sheet == 255).all(-1).sum() == 80 * 80 - 3200

@@ -201,7 +201,8 @@ def test_an_object_in_front_hides_and_one_behind_does_not() -> None:
     generator = np.random.default_rng(0)
     person = draw_person(generator, neutral(), np.eye(3), (128.0, 230.0), 115.0, 1)
     knee = person.joints["left_knee"]
-    cloth = synthesis.Cloth(*np.full((3, 3), 90, np.float32))
+    grey = np.full(3, 90, np.float32)
+    cloth = synthesis.Cloth(grey, grey, grey)
     ball = synthesis.Tube(0, 0, knee, knee + 0.01, (9.0, 9.0), (9.0, 9.0), cloth)
     assert flags(person._replace(solids=[*person.solids, ball]))["left_knee"] == 1
     assert flags(person._replace(solids=[*person.solids, ball]))["right_knee"] == 2

@@ -70,7 +70,7 @@ def stage(request: pytest.FixtureRequest) -> tuple[Stage, Callable[..., list[str
     return STAGES[request.param]
 
 
-class stop_after:  # noqa: N801
+class stop_after:
     """Sends this process a signal once the run has logged `step`."""
 
     def __init__(self, run_dir: Path, step: int, number: signal.Signals) -> None:
@@ -116,9 +116,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(value, second["model"][name]), name
 
 
-def test_workers_change_nothing(
-    people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]]
-) -> None:
+def test_workers_change_nothing(people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]]) -> None:
     main, arguments = stage
     assert main(arguments(people, tmp_path / "none")) == 0
     assert main(arguments(people, tmp_path / "two", "--workers", "2")) == 0
@@ -181,9 +179,7 @@ def test_the_backbone_is_handed_on(people: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "other").exists()
 
 
-def test_init_from_must_stay_the_same_file(
-    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_from_must_stay_the_same_file(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain(pretrain_arguments(people, tmp_path / "pre")) == 0
     export = tmp_path / "pre/export/model.safetensors"
     arguments = finetune_arguments(people, tmp_path / "fine", "--init_from", str(export), "--optim.epochs", "4")

@@ -1,0 +1,75 @@
+"""kill -9 at any moment, started again: the same bytes as without. No code of the stages knows of these tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .processes import finish, kill, start
+from .test_training import STAGES, assert_same_run
+
+
+def kill_when(process: int, seen: Callable[[], bool], seconds: float = 60) -> bool:
+    """Kill the process group as soon as `seen`; False if it ended before."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if seen():
+            kill(process)
+            return True
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return False
+    raise AssertionError("neither seen nor ended")
+
+
+def being_written(folder: Path, name: str, process: int) -> Callable[[], bool]:
+    """Whether a temporary file for `name` of this process is there: the file is being replaced at this moment."""
+
+    def seen() -> bool:
+        try:
+            return any(entry.name == f".{name}.{process}.tmp" for entry in os.scandir(folder))
+        except FileNotFoundError:
+            return False
+
+    return seen
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_killed_while_a_file_is_replaced(people: Path, tmp_path: Path, stage: str) -> None:
+    main, arguments = STAGES[stage]
+    large = ("--model.backbone", "{name: resnet18, kwargs: {}}", "--save_every", "3")  # long enough writes to hit
+    assert finish(start(main, arguments(people, tmp_path / "whole", *large), tmp_path / "log")) == 0
+    cut = arguments(people, tmp_path / "cut", *large, "--workers", "1")
+    killed = 0
+    for folder, name in [("resume", "last.pt")] * 2 + [("export", "model.safetensors")]:
+        process = start(main, cut, tmp_path / "log")
+        killed += kill_when(process, being_written(tmp_path / "cut" / folder, name, process))
+    assert finish(start(main, cut, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert killed >= 2
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    done = json.loads((tmp_path / "cut" / "done.json").read_text())
+    assert done["attempts"] >= killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, workers: str) -> None:
+    main, arguments = STAGES[stage]
+    epochs = ("--optim.epochs", "8", "--workers", workers)
+    began = time.monotonic()
+    assert finish(start(main, arguments(people, tmp_path / "whole", *epochs), tmp_path / "log")) == 0
+    seconds = time.monotonic() - began
+    chance = random.Random(7)
+    cut = arguments(people, tmp_path / "cut", *epochs)
+    for _ in range(12):
+        process = start(main, cut, tmp_path / "log")
+        time.sleep(chance.uniform(0.02, 0.8 * seconds))
+        kill(process)
+    assert finish(start(main, cut, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")

@@ -1,0 +1,58 @@
+"""Two processes over gloo against one with twice the batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from poserelay.checkpoint import read_export
+from poserelay.run import read_metrics
+
+from .processes import finish, ranks, start
+from .test_training import STAGES, Stage
+
+NO_BATCH_NORM = (
+    "--model.backbone",
+    "{name: timm, kwargs: {model: test_convnext}}",
+    "--model.head",
+    "{name: simple, kwargs: {deconv_channels: []}}",
+)
+
+
+def run_two(main: Stage, arguments: list[str], log: Path) -> None:
+    processes = [start(main, arguments, log, environment) for environment in ranks(2)]
+    assert [finish(process) for process in processes] == [0, 0], log.read_text()
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(people: Path, tmp_path: Path) -> None:
+    finetune, arguments = STAGES["finetune"]
+    ten_steps = ("--labels.count", "24", "--optim.epochs", "3")
+    one = arguments(people, tmp_path / "one", *NO_BATCH_NORM, *ten_steps, "--optim.batch_size", "8")
+    two = arguments(people, tmp_path / "two", *NO_BATCH_NORM, *ten_steps, "--optim.batch_size", "4")
+    assert finetune(one) == 0
+    run_two(finetune, two, tmp_path / "log")
+    steps = {run: read_metrics(tmp_path / run / "metrics.jsonl")[-1]["step"] for run in ("one", "two")}
+    assert steps["one"] == steps["two"] >= 10
+    first, _ = read_export(tmp_path / "one/export/model.safetensors")
+    second, _ = read_export(tmp_path / "two/export/model.safetensors")
+    difference = math.sqrt(sum(float((first[name] - second[name]).double().square().sum()) for name in first))
+    size = math.sqrt(sum(float(value.double().square().sum()) for value in first.values()))
+    print(f"relative difference after {steps['one']} steps: {difference / size:.2e}")
+    assert difference / size < 1e-5
+
+
+def test_two_processes_with_batch_norm_end_with_finite_weights(people: Path, tmp_path: Path) -> None:
+    for name, (main, arguments) in STAGES.items():
+        run_two(main, arguments(people, tmp_path / name), tmp_path / "log")
+        state, _ = read_export(tmp_path / name / "export/model.safetensors")
+        assert all(value.isfinite().all() for value in state.values())
+        log = (tmp_path / "log").read_text()
+        assert "x 2), batch norm over" in log
+
+
+def test_another_number_of_processes_does_not_resume(people: Path, tmp_path: Path) -> None:
+    finetune, arguments = STAGES["finetune"]
+    argv = arguments(people, tmp_path / "run")
+    run_two(finetune, argv, tmp_path / "log")
+    (tmp_path / "run" / "done.json").unlink()
+    assert finetune(argv) == 2
