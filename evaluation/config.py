@@ -75,7 +75,7 @@ class PredictConfig:
     images: str
     """A picture, or a folder of pictures (looked through recursively)."""
     out: str
-    """Folder for predictions.json and pictures/."""
+    """Folder for predictions.json, pictures/ and overview.jpg."""
     boxes: str | None = None
     """JSON with the persons' boxes: COCO (images, annotations) or a list of {file_name, bbox, score}, with file names
     relative to `images`; pictures without a box are left out. Null: the whole picture is one person's box."""

@@ -16,13 +16,15 @@ from tqdm import tqdm
 from poserelay.datasets.sampling import read_image
 from poserelay.datasets.unlabelled import list_images
 from poserelay.distributed import start
-from poserelay.drawing import draw_poses
+from poserelay.drawing import contact_sheet, draw_poses
 from poserelay.errors import UserError
 from poserelay.inference import predict_images
 from poserelay.model import load_model
 from poserelay.run import write_atomic, write_json
 
 from .config import PredictConfig
+
+OVERVIEW = 16
 
 
 @dataclass
@@ -36,7 +38,9 @@ class Picture:
 
 
 def main(config: PredictConfig) -> list[dict[str, Any]]:
-    """Write `out`/pictures and `out`/predictions.json (COCO results with file_name and bbox); return the results.
+    """Write `out`/pictures, an overview.jpg of the first of them, and predictions.json; return the results.
+
+    predictions.json holds COCO results with file_name and bbox.
 
     Raises UserError for input that cannot be used and UnreadableImage for a picture that cannot be read.
     """
@@ -45,6 +49,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     joints = len(model.skeleton.joints)
     out = Path(config.out)
     results: list[dict[str, Any]] = []
+    overview: list[np.ndarray] = []
     for name, picture in tqdm(pictures.items(), "predict", unit="picture", leave=False, disable=None):
         image = read_image(root / name, orientation="ignore" if picture.boxes else "exif")
         height, width = image.shape[:2]
@@ -56,6 +61,9 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
         triples = np.array([record["keypoints"] for record in records]).reshape(-1, joints, 3)
         drawn = draw_poses(image, triples[..., :2], triples[..., 2], model.skeleton, threshold=config.joint_threshold)
         _write_picture(out / "pictures" / name, drawn)
+        if len(overview) < OVERVIEW:
+            overview.append(drawn)
+    _write_picture(out / "overview.jpg", contact_sheet(overview))
     write_json(out / "predictions.json", results)
     print(f"{len(results)} poses on {len(pictures)} pictures: {out}", file=sys.stderr)
     return results

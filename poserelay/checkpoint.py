@@ -269,7 +269,7 @@ def load_resume(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reasons.append(f"{path.name}: {str(error).splitlines()[0]}")
+            reasons.append(f"{path.name}: {(str(error) or 'it is empty').splitlines()[0]}")
     if reasons:
         raise UserError(f"{folder}: no readable resume file ({'; '.join(reasons)}); start in a new folder")
     return None

@@ -1,0 +1,217 @@
+"""Hand-off files: strict, self-describing, and never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from poserelay.checkpoint import (
+    describe,
+    init_from,
+    load_exactly,
+    load_resume,
+    read_export,
+    rows_by_joint,
+    save_resume,
+    write_export,
+)
+from poserelay.command import to_plain
+from poserelay.config import InputConfig, ModelConfig, Named
+from poserelay.errors import UserError
+from poserelay.keypoints import Skeleton, load_skeleton
+from poserelay.model import PoseModel, build_backbone, build_model, load_model
+
+BACKBONE = Named("timm", {"model": "test_resnet"})
+SMALL = Named("simple", {"deconv_channels": [8]})
+
+
+def config(skeleton: str = "coco17", head: Named = SMALL) -> ModelConfig:
+    return ModelConfig(BACKBONE, head, None, skeleton, InputConfig(height=64, width=64))
+
+
+def export(model: PoseModel, path: Path, **changes: object) -> Path:
+    described = describe(
+        stage="finetune",
+        method="simple",
+        model=to_plain(model.config),
+        skeleton=model.skeleton,
+        config={"seed": 1, "run_dir": "elsewhere", "data": {"images": "a/b"}},
+        upstream=None,
+        metrics={"AP": 0.5},
+    )
+    write_export(path, model.state_dict(), {**described, **changes})
+    return path
+
+
+def test_the_file_alone_rebuilds_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(config()).eval()
+    images = torch.randn(2, 3, 64, 64)
+    again = load_model(export(model, tmp_path / "a.safetensors"))
+    assert torch.equal(again(images), model(images))
+    assert again.skeleton == model.skeleton
+    assert again.input == model.input
+
+
+def test_equal_models_give_equal_bytes_and_no_paths(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(config())
+    one, two = export(model, tmp_path / "a.safetensors"), export(model, tmp_path / "b.safetensors")
+    assert one.read_bytes() == two.read_bytes()
+    _, described = read_export(one)
+    assert "elsewhere" not in json.dumps(described)
+    assert "a/b" not in json.dumps(described)
+    assert described["config"] == {"seed": 1}
+    assert set(described) >= {
+        "format",
+        "stage",
+        "method",
+        "backbone",
+        "head",
+        "refiner",
+        "skeleton",
+        "input",
+        "upstream",
+    }
+
+
+def test_prefixes_of_compiled_and_parallel_modules_go(tmp_path: Path) -> None:
+    model = build_model(config())
+    wrapped = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
+    export(model, tmp_path / "a.safetensors")
+    _, described = read_export(tmp_path / "a.safetensors")
+    write_export(tmp_path / "b.safetensors", wrapped, described)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_rows_follow_their_joints_between_skeletons(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = build_model(config("coco17"))
+    target = build_model(config("lsp14"))
+    fresh = {name: value.clone() for name, value in target.head.state_dict().items()}
+    report = init_from(target, export(source, tmp_path / "a.safetensors"))
+    assert report.joints_initialised == ("neck", "head_top")
+    coco, lsp = load_skeleton("coco17").joints, load_skeleton("lsp14").joints
+    for row, joint in enumerate(lsp):
+        weight = target.head.state_dict()["final_layer.weight"][row]
+        if joint in coco:
+            assert torch.equal(weight, source.head.state_dict()["final_layer.weight"][coco.index(joint)])
+        else:
+            assert torch.equal(weight, fresh["final_layer.weight"][row])
+    for name, value in source.backbone.state_dict().items():
+        assert torch.equal(value, target.backbone.state_dict()[name])
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_rows_by_joint_on_any_skeletons(data: st.DataObject) -> None:
+    names = [f"joint{index}" for index in range(8)]
+    source = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    target = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    state = {"final_layer.weight": torch.arange(len(source))[:, None], "final_layer.bias": torch.arange(len(source))}
+    own = {"final_layer.weight": -torch.ones(len(target), 1), "final_layer.bias": -torch.ones(len(target))}
+    copied, missing = rows_by_joint(state, own, Skeleton("a", tuple(source)), Skeleton("b", tuple(target)))
+    assert copied["final_layer.bias"].tolist() == [source.index(j) if j in source else -1 for j in target]
+    assert list(missing) == [joint for joint in target if joint not in source]
+
+
+def test_hrnets_unused_fusions_are_the_one_exception(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    named = Named("hrnet_w32")
+    backbone = build_backbone(named)
+    described = describe(
+        stage="pretrain",
+        method="mscl",
+        model={"backbone": to_plain(named), "input": to_plain(InputConfig())},
+        skeleton=None,
+        config={},
+        upstream=None,
+        metrics={},
+    )
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    write_export(tmp_path / "a.safetensors", state, described)
+    model = build_model(ModelConfig(named, Named("hrnet"), None, "coco17"))
+    init_from(model, tmp_path / "a.safetensors")
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, backbone.state_dict()[name])
+    write_export(tmp_path / "b.safetensors", {**state, "backbone.stage4.2.fuse_layers.0.9": torch.ones(1)}, described)
+    with pytest.raises(UserError, match=r"unexpected stage4\.2\.fuse_layers\.0\.9"):
+        init_from(model, tmp_path / "b.safetensors")
+
+
+class Exploit:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_pickle_is_refused_without_running_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({"state_dict": Exploit(tmp_path / "marker")}))
+    for read in (read_export, load_model, lambda file: init_from(build_model(config()), file)):
+        with pytest.raises(UserError, match="not a hand-off file"):
+            read(path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pickle_in_place_of_a_resume_file_is_refused_without_running_it(tmp_path: Path) -> None:
+    torch.save({"model": Exploit(tmp_path / "marker")}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="no readable resume file"):
+        load_resume(tmp_path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_files_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        read_export(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="without the metadata key"):
+        read_export(path)
+    save_file({"a": torch.ones(1)}, path, metadata={"poserelay": "{"})
+    with pytest.raises(UserError, match="damaged"):
+        read_export(path)
+    save_file({"a": torch.ones(1)}, path, metadata={"poserelay": '{"format": 99}'})
+    with pytest.raises(UserError, match="format 99"):
+        read_export(path)
+    export(build_model(config()), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a hand-off file"):
+        read_export(path)
+
+
+def test_other_keys_and_shapes_are_named(tmp_path: Path) -> None:
+    model = build_model(config())
+    state = model.state_dict()
+    renamed = {("head.final_layer.wait" if name == "head.final_layer.weight" else name): v for name, v in state.items()}
+    with pytest.raises(UserError, match=r"missing head\.final_layer\.weight; unexpected head\.final_layer\.wait"):
+        load_exactly(model, renamed, "file")
+    with pytest.raises(UserError, match=r"head\.final_layer\.bias is \[3\], expected \[17\]"):
+        load_exactly(model, {**state, "head.final_layer.bias": torch.zeros(3)}, "file")
+    wider = build_model(config(head=Named("simple", {"deconv_channels": [16]})))
+    with pytest.raises(UserError, match="does not fit this model"):
+        init_from(wider, export(model, tmp_path / "a.safetensors"))
+
+
+def test_resume_files_keep_the_one_before(tmp_path: Path) -> None:
+    assert load_resume(tmp_path) is None
+    for step in (1, 2, 3):
+        save_resume(tmp_path, {"step": step, "weights": torch.full((3,), float(step))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert load_resume(tmp_path)["step"] == 3  # pyright: ignore[reportOptionalSubscript]
+    (tmp_path / "last.pt").unlink()  # as between the two renames
+    assert load_resume(tmp_path)["step"] == 2  # pyright: ignore[reportOptionalSubscript]
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no readable resume file"):
+        load_resume(tmp_path)
