@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--device cuda] [--size 64 48] [--json]
 
-Two lines: "argmax" is argmax + 0.25 px alone (peer: HRNet's vectorised argmax and loop over the joints), "full" is flip
-average, Gaussian filter and parabola (peer: the same steps joint by joint). One thread on the CPU on both sides; with
---device cuda the peer starts, like ours, from maps on the GPU.
+`ours`, `peer` and `ratio` are for flip average, Gaussian filter and parabola (peer: the same steps joint by joint),
+`argmax` holds those of argmax + 0.25 px alone (peer: HRNet's vectorised argmax and loop over the joints). One
+thread on the CPU on both sides; with --device cuda the peer starts, like ours, from maps on the GPU.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--joints", type=int, default=17)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="only the JSON lines")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -106,22 +106,21 @@ def main() -> None:
         "argmax": (ours_argmax, lambda: peer_argmax(heatmaps.cpu().numpy())),
         "full": (ours_full, lambda: peer_full(heatmaps.cpu().numpy(), of_flipped.cpu().numpy(), flip_index)),
     }
+    lines = {}
     for name, (ours, peer) in figures.items():
         difference = float(np.abs(ours() - peer()).max())
         ours_seconds, peer_seconds = alternately(ours, peer, args.repeats)
-        line = {
-            "benchmark": f"decode_{name}",
-            "unit": "persons/s",
+        lines[name] = {
             "ours": round(args.batch / ours_seconds, 1),
             "peer": round(args.batch / peer_seconds, 1),
             "ratio": round(peer_seconds / ours_seconds, 2),
             "largest_difference_px": round(difference, 5),
-            "device": args.device,
-            "size": [height, width],
         }
         if not args.json:
+            line = lines[name]
             print(f"{name}: {line['ours']} persons/s against {line['peer']}, {line['ratio']} times as many")
-        print(json.dumps(line))
+    setting = {"unit": "persons/s", "device": args.device, "size": [height, width]}
+    print(json.dumps({"benchmark": "decode", **lines["full"], "argmax": lines["argmax"], **setting}))
 
 
 if __name__ == "__main__":

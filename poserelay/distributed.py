@@ -53,7 +53,7 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
             accelerator="cuda" if cuda else "cpu",
             devices=local_world,
             num_nodes=world // local_world,
-            strategy=DDPStrategy(process_group_backend="nccl" if cuda else "gloo", broadcast_buffers=False),
+            strategy=DDPStrategy(process_group_backend="nccl" if cuda else "gloo"),
             precision=PRECISIONS[precision],
             plugins=[TorchElasticEnvironment()],
         )

@@ -46,8 +46,8 @@ class Progress(Generic[Batch]):
                 self._bar.close()
                 return
             self._waited += time.perf_counter() - asked
-            yield batch
             self._steps += 1
+            yield batch
             self._bar.update()
 
     def rates(self) -> dict[str, float]:

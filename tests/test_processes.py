@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
+from poserelay import distributed
 from poserelay.checkpoint import read_export
 from poserelay.run import read_metrics
 
@@ -48,6 +51,16 @@ def test_two_processes_with_batch_norm_end_with_finite_weights(people: Path, tmp
         assert all(value.isfinite().all() for value in state.values())
         log = (tmp_path / "log").read_text()
         assert "x 2), batch norm over" in log
+
+
+def test_a_process_that_waits_in_vain_names_the_host(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "RENDEZVOUS_SECONDS", 2)
+    finetune, arguments = STAGES["finetune"]
+    alone = ranks(2)[1]
+    assert finish(start(finetune, arguments(people, tmp_path / "run"), tmp_path / "log", alone)) == 2
+    assert f"no rendezvous at 127.0.0.1:{alone['MASTER_PORT']} within 2 s" in (tmp_path / "log").read_text()
 
 
 def test_another_number_of_processes_does_not_resume(people: Path, tmp_path: Path) -> None:

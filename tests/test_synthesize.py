@@ -11,23 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-from poserelay import synthesize as synthesis
 from poserelay.errors import UserError
 from poserelay.keypoints import load_skeleton
-from poserelay.synthesize import (
-    PARTS,
-    PERSON,
-    Head,
-    Pose,
-    SynthesizeConfig,
-    annotate,
-    body_points,
-    draw_person,
-    draw_pose,
-    draw_scene,
-    render,
-    synthesize,
-)
+from poserelay.synthesize import SynthesizeConfig, main, synthesize
+from poserelay.synthesize.annotation import annotate
+from poserelay.synthesize.body import PARTS, PERSON, body_points
+from poserelay.synthesize.painting import render
+from poserelay.synthesize.people import Person, draw_person
+from poserelay.synthesize.pose import Pose, draw_pose
+from poserelay.synthesize.scene import Scene, draw_scene
+from poserelay.synthesize.solids import Head, Solid, Tube, plain
 
 SKELETON = load_skeleton("coco17")
 
@@ -49,21 +42,21 @@ def joint_parts(joint: str) -> set[str]:
     return own[place]
 
 
-def recolored(scene: synthesis.Scene, labels: set[int]) -> synthesis.Scene:
+def recolored(scene: Scene, labels: set[int]) -> Scene:
     """The same scene with some parts in flat magenta paint."""
     paint = np.array([5000, -5000, 5000], np.float32)
 
-    def repaint(solid: synthesis.Solid) -> synthesis.Solid:
+    def repaint(solid: Solid) -> Solid:
         if solid.label not in labels:
             return solid
         if isinstance(solid, Head):
             return solid._replace(skin=paint, hair=paint, hairline=-9.0)
-        return solid._replace(cloth=synthesis.Cloth(paint, paint, paint))
+        return solid._replace(cloth=plain(paint))
 
     return scene._replace(solids=[repaint(solid) for solid in scene.solids])
 
 
-def scene(index: int, size: int = 128) -> synthesis.Scene:
+def scene(index: int, size: int = 128) -> Scene:
     return draw_scene(np.random.default_rng([17, index]), size)
 
 
@@ -74,11 +67,11 @@ def neutral(**changes: object) -> Pose:
     return pose._replace(**changes)  # pyright: ignore[reportArgumentType]
 
 
-def flags(person: synthesis.Person, size: int = 256) -> dict[str, int]:
+def flags(person: Person, size: int = 256) -> dict[str, int]:
     """Visibility of a person alone in the picture."""
     background = np.zeros((size, size, 3), np.float32)
     light = np.array([0, -0.6, -0.8], np.float32)
-    alone = synthesis.Scene(background, np.ones((size, size), np.float32), light, person.solids, [person])
+    alone = Scene(background, np.ones((size, size), np.float32), light, person.solids, [person])
     keypoints = annotate(person, render(alone)[1], SKELETON)["keypoints"]
     return dict(zip(SKELETON.joints, keypoints[2::3], strict=True))
 
@@ -202,8 +195,7 @@ def test_an_object_in_front_hides_and_one_behind_does_not() -> None:
     person = draw_person(generator, neutral(), np.eye(3), (128.0, 230.0), 115.0, 1)
     knee = person.joints["left_knee"]
     grey = np.full(3, 90, np.float32)
-    cloth = synthesis.Cloth(grey, grey, grey)
-    ball = synthesis.Tube(0, 0, knee, knee + 0.01, (9.0, 9.0), (9.0, 9.0), cloth)
+    ball = Tube(0, 0, knee, knee + 0.01, (9.0, 9.0), (9.0, 9.0), plain(grey))
     assert flags(person._replace(solids=[*person.solids, ball]))["left_knee"] == 1
     assert flags(person._replace(solids=[*person.solids, ball]))["right_knee"] == 2
     assert flags(person._replace(solids=[ball, *person.solids]))["left_knee"] == 2
@@ -314,6 +306,6 @@ def test_impossible_fields_are_named(wrong: dict[str, int]) -> None:
 
 
 def test_command_prints_the_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    synthesis.main(SynthesizeConfig(str(tmp_path / "set"), images=1, size=64, workers=1))
+    main(SynthesizeConfig(str(tmp_path / "set"), images=1, size=64, workers=1))
     path = Path(capsys.readouterr().out.strip())
     assert json.loads(path.read_text())["info"]["synthesis"]["images"] == 1

@@ -1,0 +1,32 @@
+"""The benchmarks run and end with one JSON line; what they measure is not judged here."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views"])
+def test_benchmark(
+    name: str, people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ["--images", str(people / "images")]
+    arguments = {
+        "decode": ["--batch", "2", "--repeats", "1"],
+        "nms": ["--images", "2"],
+        "loader": ["--annotations", str(people / "annotations.json"), *images],
+        "views": [*images, "--count", "4", "--rounds", "1"],
+    }
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments[name], "--json"])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    (line,) = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    assert figures["ours"] > 0
+    assert figures["peer"] > 0
+    assert figures["ratio"] == pytest.approx(figures["ours"] / figures["peer"], rel=0.05)

@@ -1,0 +1,65 @@
+"""Every command of the README runs, in its order, on less data; demo.sh is the quickstart, line by line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+LESS = {
+    "poserelay synthesize": ["--images", "8", "--workers", "1"],
+    "pretrain": ["--optim.epochs", "1", "--optim.batch_size", "4", "--workers", "0", "--threads", "1"],
+    "finetune": [
+        "--optim.epochs",
+        "1",
+        "--optim.batch_size",
+        "4",
+        "--labels.count",
+        "4",
+        "--workers",
+        "0",
+        "--threads",
+        "1",
+    ],
+    "evaluation test": ["--workers", "0", "--threads", "1"],
+}
+
+
+def test_demo_is_the_quickstart() -> None:
+    script = (ROOT / "demo.sh").read_text(encoding="utf-8")
+    assert [line for line in script.splitlines() if line.startswith("python ")] == BLOCKS[0].splitlines()
+
+
+def test_every_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "finetune"):
+        (tmp_path / stage).symlink_to(ROOT / stage)
+    assert len(COMMANDS) > 10
+    for command in COMMANDS:
+        python, flag, module, *arguments = shlex.split(command)
+        assert (python, flag) == ("python", "-m"), command
+        main = import_module(f"{module}.__main__").main
+        less = LESS.get(module) or LESS.get(f"{module} {arguments[0]}", [])
+        assert main([*arguments, *less]) == 0, f"{command}\n{capsys.readouterr().err}"
+    for made in ("report/report.md", "report/losses.png", "predictions/overview.jpg"):
+        assert (tmp_path / "runs/demo" / made).stat().st_size > 0
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    found: dict = {}
+    exec(block, found)
+    assert len(found["poses"]) == 1
+    assert len(found["poses"][0]["keypoints"]) == 3 * 17
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
