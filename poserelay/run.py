@@ -160,7 +160,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
     """
     path.mkdir(parents=True, exist_ok=True)
     others = [entry.name for entry in path.iterdir() if entry.name not in ("lock", "config.yaml")]
-    if others and not (path / "config.yaml").exists() and not all(_is_temporary(name) for name in others):
+    if others and not (path / "config.yaml").exists() and not all(is_temporary(name) for name in others):
         raise UserError(
             f"{path}: not a run directory (it holds {sorted(others)[0]!r} but no config.yaml); name a new folder"
         )
@@ -225,7 +225,8 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what a killed `write_atomic` left."""
     return name.startswith(".") and name.endswith(".tmp")
 
 

@@ -309,3 +309,8 @@ def test_command_prints_the_annotations(tmp_path: Path, capsys: pytest.CaptureFi
     main(SynthesizeConfig(str(tmp_path / "set"), images=1, size=64, workers=1))
     path = Path(capsys.readouterr().out.strip())
     assert json.loads(path.read_text())["info"]["synthesis"]["images"] == 1
+
+
+def test_a_kill_while_the_marker_is_written_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    (tmp_path / ".synthesis.json.123.tmp").write_text('{"ima')
+    assert synthesize(tmp_path, 1, 0, size=64).exists()

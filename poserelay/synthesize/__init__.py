@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..keypoints import Skeleton, load_skeleton
-from ..run import write_json
+from ..run import is_temporary, write_json
 from .annotation import annotate, coco_file
 from .camera import photograph
 from .painting import render
@@ -101,7 +101,8 @@ def _claim(out: Path, recipe: dict[str, int]) -> bool:
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be used for synthesised pictures ({error}); choose another folder") from error
     if found is None:
-        if any(out.iterdir()):
+        # What a kill leaves of the marker itself is no reason to refuse.
+        if any(not is_temporary(entry.name) for entry in out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no synthesised pictures; choose a new folder")
         write_json(marker, recipe)
         return False
