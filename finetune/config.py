@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import Augmentation, Decoding, LabelsConfig, ModelConfig
+from poserelay.config import Augmentation, Decoding, LabelsConfig, ModelConfig, check_loop_fields
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,7 @@ class FinetuneConfig:
             raise ValueError("model.head is null: fine-tuning needs a head; name one, e.g. head: {name: simple}")
         if self.export == "best" and self.data.validation_annotations is None:
             raise ValueError("export: best needs data.validation_annotations to tell which weights are best")
-        for name in ("validate_every", "save_every", "log_every", "sigma"):
+        for name in ("validate_every", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("workers", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, expected a share in 0..1")
+        check_loop_fields(self)

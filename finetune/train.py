@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch.utils.data import DataLoader
 
 from poserelay.batch import CropBatch
 from poserelay.checkpoint import (
@@ -26,7 +25,7 @@ from poserelay.checkpoint import (
 )
 from poserelay.command import to_plain
 from poserelay.datasets.coco import read_coco, read_detections
-from poserelay.datasets.sampling import EpochBatches, TrainingDraws, steps_per_epoch, worker_init
+from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
 from poserelay.errors import CheckFailed, Interrupted
@@ -149,13 +148,9 @@ def train(
     batches = EpochBatches(
         len(data.training), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
     )
-    loader = DataLoader(
-        TrainingDraws(data.training, config.seed),
-        batch_sampler=batches,
-        num_workers=config.workers,
-        collate_fn=collate_draws,
-        worker_init_fn=worker_init,
-        pin_memory=fabric.device.type == "cuda",
+    cuda = fabric.device.type == "cuda"
+    loader = training_loader(
+        data.training, collate_draws, batches, seed=config.seed, workers=config.workers, pin_memory=cuda
     )
     progress = Progress(loader, state.step, total, global_batch, "finetune", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None

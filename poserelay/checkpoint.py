@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -26,7 +26,14 @@ from .errors import UserError
 from .keypoints import Skeleton, match_joints
 from .run import UNCOMPARED, file_sha256, write_atomic
 
-State = TypeVar("State")
+
+class StageState(Protocol):
+    """A stage's own dataclass of what changes during training."""
+
+    world: int
+
+
+State = TypeVar("State", bound=StageState)
 
 FORMAT = 1
 

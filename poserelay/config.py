@@ -82,6 +82,18 @@ class Augmentation:
     """Half-body crops are drawn only for persons with more labelled joints than this."""
 
 
+def check_loop_fields(config: Any) -> None:
+    """The ranges of the fields that every training stage has. Raises ValueError naming the field."""
+    for name in ("save_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
+    for name in ("workers", "threads", "seed"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected 0 or more")
+    if not 0 <= config.max_unreadable <= 1:
+        raise ValueError(f"max_unreadable is {config.max_unreadable}, expected a share in 0..1")
+
+
 @dataclass(frozen=True)
 class LabelsConfig:
     """Which part of the annotated images is used as labelled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import ModelConfig, Named
+from poserelay.config import ModelConfig, Named, check_loop_fields
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,4 @@ class PretrainConfig:
         height, width = self.model.input.height, self.model.input.width
         if height != width:
             raise ValueError(f"model.input is {height}x{width}, but the views are square; give height and width alike")
-        for name in ("save_every", "log_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("workers", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable is {self.max_unreadable}, expected a share in 0..1")
+        check_loop_fields(self)

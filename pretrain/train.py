@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
-from poserelay.datasets.sampling import EpochBatches, TrainingDraws, steps_per_epoch, worker_init
+from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.unlabelled import UnlabelledImages, coco_images, collate_draws, list_images
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
 from poserelay.errors import CheckFailed, Interrupted, UserError
@@ -101,14 +100,8 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
     batches = EpochBatches(
         len(images), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
     )
-    loader = DataLoader(
-        TrainingDraws(images, config.seed),
-        batch_sampler=batches,
-        num_workers=config.workers,
-        collate_fn=collate_draws,
-        worker_init_fn=worker_init,
-        pin_memory=fabric.device.type == "cuda",
-    )
+    cuda = fabric.device.type == "cuda"
+    loader = training_loader(images, collate_draws, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
     progress = Progress(loader, state.step, total, global_batch, "pretrain", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
     losses = LossWindow()

@@ -38,7 +38,14 @@ def test_the_seams_are_looked_for_in_real_files() -> None:
 
 
 def test_configurations_import_without_torch() -> None:
-    modules = ["poserelay", "poserelay.config", "poserelay.command", "poserelay.run", "poserelay.subsets", "poserelay.__main__"]
+    modules = [
+        "poserelay",
+        "poserelay.config",
+        "poserelay.command",
+        "poserelay.run",
+        "poserelay.subsets",
+        "poserelay.__main__",
+    ]
     modules += [f"{stage}.config" for stage in STAGES if (ROOT / stage / "config.py").exists()]
     modules += [f"{stage}.__main__" for stage in STAGES if (ROOT / stage / "__main__.py").exists()]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UnreadableImage, UserError
 
@@ -113,6 +113,26 @@ class TrainingDraws(Dataset[tuple[Item, list[str]]]):
             except UnreadableImage as error:
                 replaced.append(str(error))
         raise UserError(f"none of the {length} training pictures can be read; the first: {replaced[0]}")
+
+
+def training_loader(
+    source: Source[Item],
+    collate: Callable[[list[tuple[Item, list[str]]]], Any],
+    batches: EpochBatches,
+    *,
+    seed: int,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """One loader for the rest of a run: `collate` of what `TrainingDraws` gives for each of `batches`."""
+    return DataLoader(
+        TrainingDraws(source, seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=worker_init,
+        pin_memory=pin_memory,
+    )
 
 
 def read_image(path: str | os.PathLike[str], orientation: Literal["ignore", "exif"] = "ignore") -> np.ndarray:
