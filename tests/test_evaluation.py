@@ -222,7 +222,7 @@ def test_predict_draws_every_picture_and_writes_the_poses(files: Path) -> None:
     assert [record["file_name"] for record in results] == ["a.png", "b.jpg", "sub/c.png"]
     assert {tuple(record["bbox"]) for record in results} == {(0.0, 0.0, 160.0, 120.0)}
     drawn = sorted(p.relative_to(files / "drawn").as_posix() for p in (files / "drawn").rglob("*.jpg"))
-    assert drawn == ["pictures/a.png.jpg", "pictures/b.jpg", "pictures/sub/c.png.jpg"]
+    assert drawn == ["overview.jpg", "pictures/a.png.jpg", "pictures/b.jpg", "pictures/sub/c.png.jpg"]
     x, y = np.rint(results[1]["keypoints"][3:5]).astype(int).clip(0, (159, 119))
     picture = cv2.imread(str(files / "drawn" / "pictures" / "b.jpg"))
     assert picture is not None
