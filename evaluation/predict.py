@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
     joints = len(model.skeleton.joints)
     out = Path(config.out)
+    targets = _targets(Path(config.images), root, pictures, out)
     results: list[dict[str, Any]] = []
     overview: list[np.ndarray] = []
     for name, picture in tqdm(pictures.items(), "predict", unit="picture", leave=False, disable=None):
@@ -60,7 +63,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
             results.append({**record, **placed})
         triples = np.array([record["keypoints"] for record in records]).reshape(-1, joints, 3)
         drawn = draw_poses(image, triples[..., :2], triples[..., 2], model.skeleton, threshold=config.joint_threshold)
-        _write_picture(out / "pictures" / name, drawn)
+        _write_picture(targets[name], drawn)
         if len(overview) < OVERVIEW:
             overview.append(drawn)
     _write_picture(out / "overview.jpg", contact_sheet(overview))
@@ -133,9 +136,23 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _targets(images: Path, root: Path, names: Collection[str], out: Path) -> dict[str, Path]:
+    """Where each picture is drawn. Raises UserError where that could be a picture that is read or drawn too."""
+    folder = out / "pictures"
+    targets = {
+        name: folder / (name if Path(name).suffix.lower() in (".jpg", ".jpeg") else f"{name}.jpg") for name in names
+    }
+    own = {(root / name).resolve() for name in names}
+    searched = images.is_dir() and images.resolve() in (folder.resolve(), *folder.resolve().parents)
+    if searched or any(target.resolve() in own for target in targets.values()):
+        raise UserError(f"--out {out}: would draw among the pictures of --images {images}; name a folder outside")
+    if len(set(targets.values())) < len(targets):
+        drawn = Counter(targets.values()).most_common(1)[0][0]
+        raise UserError(f"{drawn}: two pictures of {root} would be drawn to this file; rename one of them")
+    return targets
+
+
 def _write_picture(path: Path, image: np.ndarray) -> None:
-    if path.suffix.lower() not in (".jpg", ".jpeg"):
-        path = path.with_name(f"{path.name}.jpg")
     encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
 
     def write(temporary: Path) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 from matplotlib.figure import Figure
 
 from poserelay.errors import UserError
-from poserelay.run import read_metrics, write_atomic, write_text
+from poserelay.run import read_config, read_metrics, write_atomic, write_text
 
 from .config import ReportConfig
 
@@ -24,9 +23,6 @@ COLUMNS = ("AP", "AP50", "PCK", "mean pose PCK")
 def main(config: ReportConfig) -> str:
     """Write `out`/report.md and `out`/losses.png; print and return the table."""
     runs = [Path(run) for run in config.runs]
-    for run in runs:
-        if not (run / "config.yaml").exists():
-            raise UserError(f"{run}: not a run directory (no config.yaml); give the run_dir of a stage")
     table = format_table([describe_run(run) for run in runs])
     out = Path(config.out)
     write_text(out / "report.md", table + "\n")
@@ -38,7 +34,7 @@ def main(config: ReportConfig) -> str:
 
 def describe_run(run: Path) -> dict[str, str]:
     """One row: what was run, what it started from, how many labels it had, and its test metrics where there are any."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(run)
     rows = read_metrics(run / "metrics.jsonl")
     last = [row for row in rows if row["kind"] == "train"][-1:]
     done = (run / "done.json").exists()
@@ -93,4 +89,7 @@ def _labels(labels: dict[str, Any] | None) -> str:
 
 def _test_metrics(run: Path) -> dict[str, Any]:
     path = run / "evaluation" / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what `evaluation test` writes ({error!r}); run it again") from error

@@ -43,6 +43,8 @@ class OptimConfig:
         for name in ("lr", "lr_batch", "batch_size", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
+        if list(self.drops) != sorted(set(self.drops)) or min(self.drops, default=1) < 1:
+            raise ValueError(f"optim.drops is {list(self.drops)}, expected epochs from 1 on, in rising order")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.model.head is None:
             raise ValueError("model.head is null: fine-tuning needs a head; name one, e.g. head: {name: simple}")
+        if self.data.validation_images and not self.data.validation_annotations:
+            raise ValueError(
+                "data.validation_images is given without data.validation_annotations; give both or neither"
+            )
         if self.export == "best" and self.data.validation_annotations is None:
             raise ValueError("export: best needs data.validation_annotations to tell which weights are best")
         for name in ("validate_every", "sigma"):

@@ -28,16 +28,16 @@ from poserelay.datasets.coco import read_coco, read_detections
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
-from poserelay.errors import CheckFailed, Interrupted
+from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.heatmaps import encode, input_to_heatmap, target_weight
 from poserelay.inference import predict_dataset, protocol
-from poserelay.keypoints import Skeleton, resolve_skeleton
+from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
 from poserelay.run import Run, is_finished, open_run
 from poserelay.schedules import drops
-from poserelay.scoring import coco_ap
+from poserelay.scoring import coco_ap, order_of_file
 from poserelay.subsets import choose_images
 
 from .config import FinetuneConfig
@@ -57,6 +57,7 @@ class State:
     """What changes during a run and is saved with it."""
 
     world: int
+    samples: int
     step: int = 0
     unreadable: int = 0
     validation: dict[str, float] = field(default_factory=dict)
@@ -85,7 +86,7 @@ def main(config: FinetuneConfig) -> None:
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
     try:
         train(fabric, model, data, config, run, upstream)
-    except (CheckFailed, Interrupted) as reason:
+    except (CheckFailed, Interrupted, UserError) as reason:
         if run:
             run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
         raise
@@ -98,6 +99,16 @@ def load_data(config: FinetuneConfig) -> Data:
     """Read and check the annotation files, and that every picture is there."""
     annotations = read_coco(config.data.annotations)
     skeleton = resolve_skeleton(config.model.skeleton, annotations.category)
+    lacking = [
+        joint
+        for joint, index in zip(skeleton.joints, match_joints(annotations.joints, skeleton.joints), strict=True)
+        if index is None
+    ]
+    if lacking:
+        raise UserError(
+            f"{annotations.path}: its joints lack {', '.join(lacking)} of skeleton {skeleton.name}, which would "
+            "never be learnt; name them alike, or choose another skeleton (--model.skeleton auto takes the file's)"
+        )
     size = (config.model.input.height, config.model.input.width)
     chosen = choose_images(annotations.labelled_image_ids, config.labels)
     training = TopDownDataset(
@@ -112,6 +123,7 @@ def load_data(config: FinetuneConfig) -> Data:
     validation = None
     if config.data.validation_annotations:
         annotations = read_coco(config.data.validation_annotations)
+        order_of_file(skeleton, annotations.joints)  # scoring refuses joints that the skeleton does not have
         folder = Path(config.data.validation_images or config.data.images)
         boxes = config.data.validation_boxes
         validation = TopDownDataset(
@@ -142,7 +154,9 @@ def train(
     network = fabric.setup_module(sync_batch_norm(model, fabric))
     plain_optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, upstream, State(world))
+    state = restore_training(
+        load_resume(folder), model, plain_optimizer, fabric, upstream, State(world, len(data.training))
+    )
     announce(fabric, config, data, global_batch, total, state)
 
     batches = EpochBatches(
@@ -248,17 +262,28 @@ def export(
 
 def announce(fabric: Fabric, config: FinetuneConfig, data: Data, global_batch: int, total: int, state: State) -> None:
     """Say on stderr what is about to run, and what about it may surprise."""
+    joints = data.training.annotations.joints
     images = len(set(data.training.image_index.tolist()))
     norm = global_batch if fabric.device.type == "cuda" else config.optim.batch_size
     lines = [
-        f"finetune: {len(data.training)} persons on {images} images, {total} steps, {fabric.device.type} "
-        f"{config.precision}, {torch.get_num_threads()} threads; batch {global_batch} in all "
+        f"finetune: {len(data.training)} persons on {images} images (of {len(data.training.annotations.ids)} "
+        f"annotations), {total} steps, {fabric.device.type} {config.precision}, "
+        f"{torch.get_num_threads()} threads; batch {global_batch} in all "
         f"({config.optim.batch_size} x {fabric.world_size}), batch norm over {norm}; lr {config.optim.lr:g}"
     ]
     if global_batch != config.optim.lr_batch:
         lines.append(
             f"warning: lr {config.optim.lr:g} was chosen for a batch of {config.optim.lr_batch}, this run has "
             f"{global_batch}; it is not rescaled"
+        )
+    unused = [
+        joint for joint, index in zip(joints, match_joints(data.skeleton.joints, joints), strict=True) if index is None
+    ]
+    if unused:
+        lines.append(f"warning: skeleton {data.skeleton.name} has no {', '.join(unused)}; these labels are not used")
+    if len(data.training) < global_batch:
+        lines.append(
+            f"warning: a batch of {global_batch} repeats the {len(data.training)} persons; lower optim.batch_size"
         )
     if data.skeleton.sigmas_assumed:
         lines.append(

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,6 +31,7 @@ class StageState(Protocol):
     """A stage's own dataclass of what changes during training."""
 
     world: int
+    samples: int
 
 
 State = TypeVar("State", bound=StageState)
@@ -46,7 +47,7 @@ def write_export(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     plain = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(plain.items())}
     text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"poserelay": text}))
+    write_atomic(path, lambda temporary: _save(save_file, tensors, temporary, metadata={"poserelay": text}))
 
 
 def describe(
@@ -222,7 +223,7 @@ def restore_training(
     """Put a `training_state` back and return the stage's state in it, or `state` unchanged where nothing was saved.
 
     Raises UserError when the file of `init_from` is no longer the one that the run started from, and when another
-    number of processes (`state.world`) would see other batches.
+    number of processes (`state.world`) or of samples would make other batches.
     """
     if saved is None:
         return state
@@ -235,6 +236,11 @@ def restore_training(
             f"resume: this run was started with {saved['state']['world']} processes and now has {state.world}, whose "
             "batches differ; start the same number, or name a new run_dir"
         )
+    if saved["state"]["samples"] != state.samples:
+        raise UserError(
+            f"resume: this run was started on {saved['state']['samples']} samples and now finds {state.samples}; "
+            "put the data back as it was, or name a new run_dir"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     fabric.strategy.precision.load_state_dict(saved["precision"])
@@ -246,7 +252,7 @@ def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
     last = folder / "last.pt"
 
     def write(temporary: Path) -> None:
-        torch.save(dict(state), temporary)
+        _save(torch.save, dict(state), temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if last.exists():
@@ -255,9 +261,17 @@ def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
     write_atomic(last, write)
 
 
+def _save(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Call a writer of torch or safetensors, whose errors about the disk come as other types, as OSError."""
+    try:
+        function(*arguments, **options)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
 def save_best(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write `folder/best.pt`, the weights to export when a later step is not better."""
-    write_atomic(folder / "best.pt", lambda temporary: torch.save(dict(state), temporary))
+    write_atomic(folder / "best.pt", lambda temporary: _save(torch.save, dict(state), temporary))
 
 
 def load_best(folder: Path) -> dict[str, Tensor]:
@@ -276,7 +290,7 @@ def load_resume(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reasons.append(f"{path.name}: {(str(error) or 'it is empty').splitlines()[0]}")
+            reasons.append(f"{path.name}: {type(error).__name__}")
     if reasons:
-        raise UserError(f"{folder}: no readable resume file ({'; '.join(reasons)}); start in a new folder")
+        raise UserError(f"{folder}: no resume file is whole ({'; '.join(reasons)}); start in a new folder")
     return None

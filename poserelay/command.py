@@ -120,7 +120,7 @@ def run_command(
 def _complete_flags(config_class: Any, argv: Sequence[str]) -> list[str]:
     """`--json` alone means `--json=true`."""
     hints = get_type_hints(config_class)
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [
         f"{argument}=true" if hints.get(argument[2:]) is bool and after.startswith("--") else argument
         for argument, after in zip(argv, following, strict=True)
@@ -135,7 +135,7 @@ def _config_files(argv: Sequence[str]) -> list[Path]:
 def _check_yaml(file: Path) -> None:
     """Errors that the parser would report without the line: absent, not YAML, not a mapping, a key given twice."""
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"))
+        node = yaml.compose(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
@@ -197,6 +197,6 @@ def _explain(message: str, config_class: Any, argv: Sequence[str], files: Sequen
 
 
 def _compose(file: Path) -> yaml.Node:
-    node = yaml.compose(file.read_text(encoding="utf-8"))
+    node = yaml.compose(file.read_text(encoding="utf-8-sig"))
     assert node is not None, "checked by _check_yaml"
     return node

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +35,12 @@ class InputConfig:
     alignment: Literal["hrnet", "udp"] = "hrnet"
     """How pixels of image, input and heatmap line up: hrnet divides by the stride, udp aligns the corner pixels."""
 
+    def __post_init__(self) -> None:
+        if not all(0 <= value <= 1 for value in self.mean) or not all(0 < value <= 1 for value in self.std):
+            raise ValueError(
+                f"model.input: mean {list(self.mean)} and std {list(self.std)} are of intensities in 0..1, std above 0"
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -63,6 +71,11 @@ class Decoding:
     nms_threshold: float = 0.9
     """OKS above which the lower-scored pose of an image is dropped."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"blur": (0, 100), "rescore_threshold": (0, math.inf), "nms_threshold": (0, 1)}, "decoding.")
+        if self.flip_shift is not None:
+            check_ranges(self, {"flip_shift": (0, 1)}, "decoding.")
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -81,17 +94,33 @@ class Augmentation:
     half_body_min_joints: int = 8
     """Half-body crops are drawn only for persons with more labelled joints than this."""
 
+    def __post_init__(self) -> None:
+        shares = dict.fromkeys(("rotation_probability", "flip_probability", "half_body_probability"), (0.0, 1.0))
+        check_ranges(self, {"rotation": (0, 180), "scale": (0, 0.95), **shares}, "augmentation.")
+
+
+def check_ranges(owner: Any, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
+    """Raise ValueError naming the first field of `owner` that lies outside its range (low, high), both included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            upper = f" and at most {high:g}" if math.isfinite(high) else ""
+            raise ValueError(f"{prefix}{name} is {value}, expected at least {low:g}{upper}")
+
 
 def check_loop_fields(config: Any) -> None:
     """The ranges of the fields that every training stage has. Raises ValueError naming the field."""
-    for name in ("save_every", "log_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
-    for name in ("workers", "threads", "seed"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected 0 or more")
-    if not 0 <= config.max_unreadable <= 1:
-        raise ValueError(f"max_unreadable is {config.max_unreadable}, expected a share in 0..1")
+    check_ranges(
+        config,
+        {
+            "save_every": (1, math.inf),
+            "log_every": (1, math.inf),
+            "workers": (0, math.inf),
+            "threads": (0, math.inf),
+            "seed": (0, 2**63 - 1),
+            "max_unreadable": (0, 1),
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,14 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) -> Fabric:
     """Fabric for this process: alone, or one of WORLD_SIZE that the launcher started (design, Processes).
 
-    `threads` is torch's number of CPU threads, 0 for its own choice. Raises UserError when there is no GPU, and when
-    the other processes have not come within 120 s.
+    `threads` is torch's number of CPU threads, 0 for its own choice. Raises UserError when a GPU is needed and missing,
+    and when the other processes have not come within 120 s.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    if precision == "fp16" and not cuda:
+        raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         # Without the explicit environment Fabric would read Slurm's variables and may start or expect more processes.

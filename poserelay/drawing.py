@@ -78,12 +78,9 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 
     sheet = np.full((rows * side, min(columns, len(pictures)) * side, 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
         factor = side / max(picture.shape[:2])
-        shrinks = factor < 1
-        small = cv2.resize(
-            picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        )
-        height, width = min(side, small.shape[0]), min(side, small.shape[1])
+        height, width = (max(1, round(length * factor)) for length in picture.shape[:2])
+        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
         top = number // columns * side + (side - height) // 2
         left = number % columns * side + (side - width) // 2
-        sheet[top : top + height, left : left + width] = small[:height, :width]
+        sheet[top : top + height, left : left + width] = small
     return sheet

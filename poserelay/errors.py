@@ -31,6 +31,10 @@ def exit_code(command: Callable[[], object]) -> int:
     """Run `command`; print what ended it on stderr and return the exit code of the contract."""
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has seen enough; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {_own_words(error)}", file=sys.stderr)
         return 2

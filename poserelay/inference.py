@@ -191,7 +191,10 @@ def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:
     return [
         {"image_id": image_id, "category_id": category_id, "keypoints": keypoints, "score": score}
         for image_id, keypoints, score in zip(
-            poses.image_ids, triples.reshape(len(triples), -1).tolist(), poses.scores.tolist(), strict=True
+            poses.image_ids,
+            triples.reshape(len(triples), 3 * triples.shape[1]).tolist(),
+            poses.scores.tolist(),
+            strict=True,
         )
     ]
 

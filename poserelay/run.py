@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  tensorboard/  resume/{last,previous}.pt  export/mode
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -34,13 +35,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}; what was there before is intact"
         ) from error
@@ -158,12 +163,17 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
     Raises UserError when another process holds it, when it was started with another configuration, when it is some
     other folder, and when `resume` does not fit what is there.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir {path}: cannot be made: {error.strerror}; name another folder") from error
     others = [entry.name for entry in path.iterdir() if entry.name not in ("lock", "config.yaml")]
     if others and not (path / "config.yaml").exists() and not all(is_temporary(name) for name in others):
         raise UserError(
             f"{path}: not a run directory (it holds {sorted(others)[0]!r} but no config.yaml); name a new folder"
         )
+    if resume == "must" and not list((path / "resume").glob("*.pt")):
+        raise UserError(f"{path}: nothing to resume here and --resume is must; use --resume auto to start")
     lock = _acquire(path / "lock")
     for name in ("", "resume", "export"):
         for leftover in (path / name).glob(".*.tmp"):
@@ -174,14 +184,12 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
             raise UserError(
                 f"{path}: a run is already here and --resume is never; name a new folder, or use --resume auto"
             )
-        changes = _differences(yaml.safe_load(known.read_text(encoding="utf-8")), config)
+        changes = _differences(read_config(path), config)
         if changes:
             shown = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:5])
             raise UserError(
                 f"{path}: the run here was started with another config ({shown}); name a new folder, or go back"
             )
-    if resume == "must" and not list((path / "resume").glob("*.pt")):
-        raise UserError(f"{path}: nothing to resume here and --resume is must; use --resume auto to start")
     if not known.exists():
         write_text(known, f"# python -m {stage} --config THIS_FILE\n{yaml.safe_dump(dict(config), sort_keys=False)}")
     attempts = [row["attempt"] for row in _rows(path / "metrics.jsonl") if isinstance(row.get("attempt"), int)]
@@ -191,10 +199,27 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
 
 
 def is_finished(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `path` holds the finished run of this very configuration."""
-    if not (path / "done.json").exists() or not (path / "config.yaml").exists():
+    """Whether `path` holds the finished run of this very configuration, its export as it was written."""
+    export = path / "export" / "model.safetensors"
+    if not all(file.exists() for file in (path / "done.json", path / "config.yaml", export)):
         return False
-    return not _differences(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), config)
+    try:
+        done = json.loads((path / "done.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return done.get("export_sha256") == file_sha256(export) and not _differences(read_config(path), config)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run directory. Raises UserError where it is absent or damaged."""
+    file = path / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}); give the run_dir of a stage") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not the configuration of a run; give the run_dir of a stage")
+    return config
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -232,7 +257,10 @@ def is_temporary(name: str) -> bool:
 
 def _acquire(path: Path) -> IO[str]:
     """Lock `path` for the life of the process. A POSIX lock, which data workers forked from us do not inherit."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; name another run_dir") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import ModelConfig, Named, check_loop_fields
+from poserelay.config import ModelConfig, Named, check_loop_fields, check_ranges
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class OptimConfig:
         for name in ("base_lr", "batch_size", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
+        check_ranges(self, {"weight_decay": (0, math.inf), "momentum": (0, 1)}, "optim.")
         if self.batch_size < 2:
             raise ValueError(
                 "optim.batch_size is 1: the heads' batch normalisation needs at least 2 pictures per process"
@@ -84,4 +86,6 @@ class PretrainConfig:
         height, width = self.model.input.height, self.model.input.width
         if height != width:
             raise ValueError(f"model.input is {height}x{width}, but the views are square; give height and width alike")
+        if not self.loss_weights or min(self.loss_weights) < 0 or sum(self.loss_weights) <= 0:
+            raise ValueError(f"loss_weights is {list(self.loss_weights)}, expected weights of at least 0, not all 0")
         check_loop_fields(self)

@@ -94,7 +94,7 @@ class MSCL(nn.Module):
         concatenate_views: one forward over both views, so that BN statistics are over both, instead of one each.
 
     Raises:
-        UserError: a level that the backbone does not have, or shared heads over levels of unequal widths.
+        UserError: a width below 1, a level that the backbone does not have, shared heads over levels of unequal widths.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class MSCL(nn.Module):
         concatenate_views: bool = False,
     ) -> None:
         super().__init__()
+        if min(width, prediction_width) < 1:
+            raise UserError(f"width is {width} and prediction_width {prediction_width}; give numbers of at least 1")
         if not levels or list(levels) != sorted(set(levels) & set(range(len(channels)))):
             raise UserError(
                 f"levels is {list(levels)}, but this backbone has levels 0 to {len(channels) - 1}: "

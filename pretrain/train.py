@@ -35,6 +35,7 @@ class State:
     """What changes during a run and is saved with it."""
 
     world: int
+    samples: int
     step: int = 0
     unreadable: int = 0
 
@@ -52,7 +53,7 @@ def main(config: PretrainConfig) -> None:
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain", plain, config.resume))
     try:
         train(fabric, model, images, config, run)
-    except (CheckFailed, Interrupted) as reason:
+    except (CheckFailed, Interrupted, UserError) as reason:
         if run:
             run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
         raise
@@ -94,7 +95,7 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
     network = fabric.setup_module(sync_batch_norm(model, fabric))
     plain_optimizer = build_optimizer(model, config, base_lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, None, State(world))
+    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, None, State(world, len(images)))
     announce(fabric, config, images, global_batch, base_lr, total, state)
 
     batches = EpochBatches(
@@ -219,6 +220,8 @@ def announce(
         f"{fabric.world_size}), batch norm over {norm} per view; lr {base_lr:g} = {config.optim.base_lr:g} x "
         f"{global_batch} / 256"
     ]
+    if len(images) < global_batch:
+        lines.append(f"warning: a batch of {global_batch} repeats the {len(images)} pictures; lower optim.batch_size")
     if state.step:
         lines.append(f"resuming at step {state.step}")
     fabric.print("\n".join(lines), file=sys.stderr)

@@ -167,7 +167,7 @@ def test_a_pickle_is_refused_without_running_it(tmp_path: Path, name: str) -> No
 
 def test_a_pickle_in_place_of_a_resume_file_is_refused_without_running_it(tmp_path: Path) -> None:
     torch.save({"model": Exploit(tmp_path / "marker")}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="no readable resume file"):
+    with pytest.raises(UserError, match="no resume file is whole"):
         load_resume(tmp_path)
     assert not (tmp_path / "marker").exists()
 
@@ -213,5 +213,5 @@ def test_resume_files_keep_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "last.pt").unlink()  # as between the two renames
     assert load_resume(tmp_path)["step"] == 2  # pyright: ignore[reportOptionalSubscript]
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no readable resume file"):
+    with pytest.raises(UserError, match="no resume file is whole"):
         load_resume(tmp_path)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,13 @@ def test_published_coco_example_from_the_command_line(capsys: pytest.CaptureFixt
         "AR": 0.875,
     }.items() <= printed.items()
     assert report["protocol"]["sigmas"] == "coco17"
+
+
+def test_predict_never_draws_over_the_pictures_it_reads(files: Path) -> None:
+    folder = files / "mine" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes((files / "images" / "b.jpg").read_bytes())
+    for images, out in ((folder, files / "mine"), (files / "mine", files / "mine"), (folder, folder)):
+        with pytest.raises(UserError, match="would draw among the pictures"):
+            predict.main(replace(predict_config(files), images=str(images), out=str(out)))
+    assert (folder / "a.jpg").read_bytes() == (files / "images" / "b.jpg").read_bytes()

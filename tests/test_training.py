@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -278,6 +279,115 @@ def test_mistakes_end_before_anything_is_written(
     ],
 )
 def test_pretraining_mistakes(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_another_size_than_the_file_says(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for path in (people / "images").iterdir():
+        picture = cv2.imread(str(path))
+        assert picture is not None
+        cv2.imwrite(str(tmp_path / "images" / path.name), cv2.resize(picture, (48, 48)))
+    assert finetune(finetune_arguments(people, tmp_path / "run", "--data.images", str(tmp_path / "images"))) == 2
+    assert "48 x 48 pixels as stored, but 96 x 96 in" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_joints_that_the_file_lacks_are_refused_and_extra_ones_named(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(finetune_arguments(people, tmp_path / "run", "--model.skeleton", "lsp14")) == 2
+    assert "lack neck, head_top of skeleton lsp14" in capsys.readouterr().err
+    skeleton = tmp_path / "arms.yaml"
+    skeleton.write_text("name: arms\njoints: [left_elbow, left_wrist]\n")
+    arguments = finetune_arguments(people, tmp_path / "run", "--model.skeleton", str(skeleton), "--optim.epochs", "1")
+    assert finetune([*arguments, "--optim.drops", "[]"]) == 0
+    assert "skeleton arms has no nose, left_eye" in capsys.readouterr().err
+
+
+def test_validation_joints_are_checked_before_training(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skeleton = tmp_path / "arms.yaml"
+    skeleton.write_text("name: arms\njoints: [left_elbow, left_wrist]\n")
+    more = ("--model.skeleton", str(skeleton), "--data.validation_annotations", str(people / "annotations.json"))
+    assert finetune(finetune_arguments(people, tmp_path / "run", *more)) == 2
+    assert "nose" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_export_is_written_again(people: Path, tmp_path: Path) -> None:
+    arguments = finetune_arguments(people, tmp_path / "run")
+    assert finetune(arguments) == 0
+    export = tmp_path / "run/export/model.safetensors"
+    before = export.read_bytes()
+    export.unlink()
+    assert finetune(arguments) == 0
+    assert export.read_bytes() == before
+    assert export.stat().st_mode & 0o777 == (tmp_path / "run/config.yaml").stat().st_mode & 0o777
+
+
+def test_other_data_under_the_same_path_does_not_resume(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads((people / "annotations.json").read_text())
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(data))
+    more = ("--data.annotations", str(file), "--labels.count", "20")
+    arguments = finetune_arguments(people, tmp_path / "run", *more)
+    with stop_after(tmp_path / "run", 3, signal.SIGTERM):
+        assert finetune(arguments) == 75
+    crowd = [dict(person, iscrowd=int(number % 3 == 0)) for number, person in enumerate(data["annotations"])]
+    file.write_text(json.dumps({**data, "annotations": crowd}))
+    assert finetune(arguments) == 2
+    assert "put the data back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [finetune, pretrain])
+def test_no_arguments_at_all(main: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--augmentation.flip_probability", "2"), "augmentation.flip_probability is 2"),
+        (("--augmentation.scale", "1.5"), "augmentation.scale is 1.5"),
+        (("--decoding.blur", "-1"), "decoding.blur is -1"),
+        (("--optim.drops", "[3, 2]"), "optim.drops is [3, 2]"),
+        (("--model.input.mean", "[123, 116, 103]"), "intensities in 0..1"),
+        (("--model.head.kwargs", "{deconv_channels: [-4]}"), "deconv_channels is [-4]"),
+        (("--seed", "99999999999999999999"), "seed is 99999999999999999999"),
+        (("--precision", "fp16", "--device", "cpu"), "fp16 needs a GPU"),
+        (("--run_dir", "/proc/nowhere"), "/proc/nowhere"),
+    ],
+)
+def test_values_out_of_range(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    assert finetune(finetune_arguments(people, tmp_path / "run", *more)) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert len(message.strip().splitlines()) <= 3
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--optim.weight_decay", "-1"), "optim.weight_decay is -1"),
+        (("--method.kwargs", "{width: -3}"), "width is -3"),
+        (("--loss_weights", "[0, 0, 0, 0]"), "not all 0"),
+    ],
+)
+def test_pretraining_values_out_of_range(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
 ) -> None:
     assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 2

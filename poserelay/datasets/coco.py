@@ -180,7 +180,7 @@ def check_images_exist(names: Iterable[str], image_dir: str | os.PathLike[str]) 
 
 def _read_json(path: Path) -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None

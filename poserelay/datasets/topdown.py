@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..batch import CropBatch
 from ..config import Augmentation
-from ..errors import UserError
+from ..errors import UnreadableImage, UserError
 from ..geometry import apply_affine, box_to_affine, clip_boxes, half_body_box
 from ..keypoints import Skeleton, match_joints
 from .coco import CocoAnnotations, Detections, check_images_exist
@@ -50,6 +50,8 @@ class TopDownDataset(Dataset[CropRecord]):
         detections: boxes to crop instead of the persons; their crops carry no labels.
         padding: factor on the box.
         image_ids: the images to take persons from; None takes all.
+
+    A picture of another size than the file says is unreadable: its labels would be in the wrong places.
 
     Raises:
         UserError: no joint in common, a missing picture, or no person left.
@@ -128,7 +130,15 @@ class TopDownDataset(Dataset[CropRecord]):
 
     def _crop(self, index: int, box: np.ndarray, rotation: float, scale: float, flip: bool) -> CropRecord:
         row = self.image_index[index]
-        picture = read_image(self.image_dir / self.annotations.file_names[row])
+        path = self.image_dir / self.annotations.file_names[row]
+        picture = read_image(path)
+        height, width = self.annotations.image_sizes[row].tolist()
+        if picture.shape[:2] != (height, width):
+            raise UnreadableImage(
+                path,
+                f"is {picture.shape[1]} x {picture.shape[0]} pixels as stored, but {width} x {height} in "
+                f"{self.annotations.path} (resized, or turned by its EXIF data?)",
+            )
         affine = box_to_affine(
             box, self.size, padding=self.padding, rotation=rotation, scale=scale, flip=flip, alignment=self.alignment
         )

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 class DeconvHead(nn.Module):
     """Deconvolution, batch norm and ReLU, each doubling the resolution of the coarsest map, then one map per joint.
@@ -32,6 +34,8 @@ class DeconvHead(nn.Module):
         deconv_kernel: Literal[2, 3, 4] = 4,
     ) -> None:
         super().__init__()
+        if min(deconv_channels, default=1) < 1:
+            raise UserError(f"model.head: deconv_channels is {list(deconv_channels)}; give numbers of at least 1")
         # Padding that doubles the size exactly.
         padding, output_padding = {4: (1, 0), 3: (1, 1), 2: (0, 0)}[deconv_kernel]
         layers = []
