@@ -180,12 +180,9 @@ def train(
             losses.add(state.step, loss, batch.image_ids)
             unreadable.add(batch.replaced)
 
-            ends, epoch_ends, saves = (
-                state.step == total,
-                state.step % per_epoch == 0,
-                state.step % config.save_every == 0,
-            )
-            due = ends or epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
+            ends, epoch_ends = state.step == total, state.step % per_epoch == 0
+            saves = ends or state.step % config.save_every == 0
+            due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
                 values = {"loss": losses.flush(fabric)[0], "unreadable": unreadable.check(fabric), **progress.rates()}
@@ -195,7 +192,7 @@ def train(
                 unreadable.count = 0
                 if journal and data.validation and (ends or (epoch + 1) % config.validate_every == 0):
                     journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
-            if run and (stop or saves or ends):
+            if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(model, plain_optimizer, fabric, upstream, state))
             if stop:

@@ -118,12 +118,9 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
             losses.add(state.step, values, [f"batch of step {state.step}"])
             unreadable.add(replaced)
 
-            ends, epoch_ends, saves = (
-                state.step == total,
-                state.step % per_epoch == 0,
-                state.step % config.save_every == 0,
-            )
-            due = ends or epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
+            ends, epoch_ends = state.step == total, state.step % per_epoch == 0
+            saves = ends or state.step % config.save_every == 0
+            due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
                 named = name_values(model, losses.flush(fabric))
@@ -133,7 +130,7 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
                     journal.write("train", state.step, epoch, named)
             if epoch_ends:
                 unreadable.count = 0
-            if run and (stop or saves or ends):
+            if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(model, plain_optimizer, fabric, None, state))
             if stop:
