@@ -42,6 +42,7 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
         # Without the explicit environment Fabric would read Slurm's variables and may start or expect more processes.
         fabric = Fabric(
             accelerator="cuda" if cuda else "cpu",
+            devices=1,
             strategy=SingleDeviceStrategy(
                 torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
             ),
