@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import Decoding
+from poserelay.config import Decoding, check_ranges
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
-        _require_positive("batch_size", self.batch_size)
+        check_ranges(self, {"batch_size": (1, math.inf), "workers": (0, math.inf), "threads": (0, math.inf)})
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class PredictConfig:
     """auto takes a GPU where there is one."""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"threads": (0, math.inf)})
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
     joints = len(model.skeleton.joints)
     out = Path(config.out)
-    targets = _targets(Path(config.images), root, pictures, out)
+    targets = _targets(config, root, pictures)
     results: list[dict[str, Any]] = []
     overview: list[np.ndarray] = []
     for name, picture in tqdm(pictures.items(), "predict", unit="picture", leave=False, disable=None):
@@ -101,7 +101,7 @@ def read_boxes(path: str) -> list[tuple[str, int, list[float], float]]:
     In a COCO file the score is 1 where there is none. Raises UserError naming the file, the record and the field.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a JSON file with boxes") from error
     except ValueError as error:
@@ -136,16 +136,20 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _targets(images: Path, root: Path, names: Collection[str], out: Path) -> dict[str, Path]:
+def _targets(config: PredictConfig, root: Path, names: Collection[str]) -> dict[str, Path]:
     """Where each picture is drawn. Raises UserError where that could be a picture that is read or drawn too."""
+    images, out = Path(config.images), Path(config.out)
     folder = out / "pictures"
     targets = {
         name: folder / (name if Path(name).suffix.lower() in (".jpg", ".jpeg") else f"{name}.jpg") for name in names
     }
-    own = {(root / name).resolve() for name in names}
+    own = {(root / name).resolve() for name in names} | {Path(boxes).resolve() for boxes in [config.boxes] if boxes}
     searched = images.is_dir() and images.resolve() in (folder.resolve(), *folder.resolve().parents)
-    if searched or any(target.resolve() in own for target in targets.values()):
-        raise UserError(f"--out {out}: would draw among the pictures of --images {images}; name a folder outside")
+    written = [*targets.values(), out / "overview.jpg", out / "predictions.json"]
+    if searched or any(target.resolve() in own for target in written):
+        raise UserError(
+            f"--out {out}: would write over, or draw among, what it reads ({images}); name a folder outside"
+        )
     if len(set(targets.values())) < len(targets):
         drawn = Counter(targets.values()).most_common(1)[0][0]
         raise UserError(f"{drawn}: two pictures of {root} would be drawn to this file; rename one of them")

@@ -89,10 +89,10 @@ def run_commands(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: python -m {prog} COMMAND ...   (python -m {prog} COMMAND --help lists its fields)\n")
-        for name, (config_class, _) in commands.items():
-            print(f"  {name:<16}{(config_class.__doc__ or '').strip().splitlines()[0]}")
-        return 0 if arguments else 2
+        lines = [f"usage: python -m {prog} COMMAND ...   (python -m {prog} COMMAND --help lists its fields)", ""]
+        lines += [f"  {name:<16}{(c.__doc__ or '').strip().splitlines()[0]}" for name, (c, _) in commands.items()]
+        stream = sys.stdout if arguments else sys.stderr
+        return exit_code(lambda: print("\n".join(lines), file=stream)) or (0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
         print(f"error: {prog} has no command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)

@@ -96,7 +96,11 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("rotation_probability", "flip_probability", "half_body_probability"), (0.0, 1.0))
-        check_ranges(self, {"rotation": (0, 180), "scale": (0, 0.95), **shares}, "augmentation.")
+        check_ranges(
+            self,
+            {"rotation": (0, 180), "scale": (0, 0.95), "half_body_min_joints": (0, math.inf), **shares},
+            "augmentation.",
+        )
 
 
 def check_ranges(owner: Any, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:

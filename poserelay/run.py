@@ -91,8 +91,11 @@ class Run:
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Append one row to metrics.jsonl; `step` counts optimiser steps since the start of the run."""
         row = {"kind": kind, "step": step, "attempt": self.attempt, **values}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise UserError(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror}; make room") from error
 
     def heartbeat(self, step: int, total: int) -> None:
         """Note where the run is, in optimiser steps; status.json is rewritten at most every five seconds."""
@@ -153,7 +156,8 @@ class Run:
 
     def close(self) -> None:
         """Release the lock."""
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported by `log`
+            self._metrics.close()
         self._lock.close()
 
 
@@ -207,7 +211,11 @@ def is_finished(path: Path, config: Mapping[str, Any]) -> bool:
         done = json.loads((path / "done.json").read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return done.get("export_sha256") == file_sha256(export) and not _differences(read_config(path), config)
+    return (
+        isinstance(done, dict)
+        and done.get("export_sha256") == file_sha256(export)
+        and not _differences(read_config(path), config)
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     Raises UserError naming the file when it is missing, not JSON, or not a list.
     """
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a COCO results file") from error
     except ValueError as error:
@@ -115,7 +115,9 @@ def coco_ap(
     where no person is labelled.
     """
     data = (
-        annotations if isinstance(annotations, Mapping) else json.loads(Path(annotations).read_text(encoding="utf-8"))
+        annotations
+        if isinstance(annotations, Mapping)
+        else json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
     )
     category = next(category for category in data["categories"] if category.get("keypoints"))
     joints = len(category["keypoints"])

@@ -309,6 +309,14 @@ def test_predict_never_draws_over_the_pictures_it_reads(files: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "a.jpg").write_bytes((files / "images" / "b.jpg").read_bytes())
     for images, out in ((folder, files / "mine"), (files / "mine", files / "mine"), (folder, folder)):
-        with pytest.raises(UserError, match="would draw among the pictures"):
+        with pytest.raises(UserError, match="draw among, what it reads"):
             predict.main(replace(predict_config(files), images=str(images), out=str(out)))
     assert (folder / "a.jpg").read_bytes() == (files / "images" / "b.jpg").read_bytes()
+
+
+def test_predict_never_writes_over_a_picture_called_overview(files: Path) -> None:
+    mine = files / "mine"
+    mine.mkdir()
+    (mine / "overview.jpg").write_bytes((files / "images" / "b.jpg").read_bytes())
+    with pytest.raises(UserError, match="write over"):
+        predict.main(replace(predict_config(files), images=str(mine / "overview.jpg"), out=str(mine)))
