@@ -45,7 +45,7 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly:
     if partly:
         names = {f.name for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
         blocks = {
-            key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8")).items() if key in names
+            key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8-sig")).items() if key in names
         }
         kept = [
             a
@@ -54,9 +54,8 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly:
         ]
         arguments = ["--config", yaml.safe_dump(blocks), *kept] if files else kept
     try:
-        namespace = parser.parse_args(arguments)
-        fields = {f.name: getattr(parser.instantiate(namespace), f.name) for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
-        return config_class(**fields)
+        built = parser.instantiate(parser.parse_args(arguments))
+        return config_class(**{f.name: getattr(built, f.name) for f in dataclasses.fields(config_class)})  # pyright: ignore[reportArgumentType]
     except UserError as error:
         raise UserError(_explain(str(error), config_class, argv, files)) from None
     except (ValueError, TypeError) as error:

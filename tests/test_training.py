@@ -393,3 +393,17 @@ def test_pretraining_values_out_of_range(
     assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_data_worker_reads_like_any_other(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for path in (people / "images").iterdir():
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes()[:200])
+    arguments = finetune_arguments(people, tmp_path / "run", "--data.images", str(tmp_path / "images"))
+    assert finetune([*arguments, "--workers", "1"]) == 2
+    message = capsys.readouterr().err
+    assert "none of the" in message
+    assert "truncated" in message
+    assert "Traceback" not in message
