@@ -9,7 +9,7 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,cpu]"
 	touch $@
 
 demo: $(SETUP)

@@ -14,7 +14,7 @@ from torch import Tensor
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
-from poserelay.datasets.unlabelled import UnlabelledImages, coco_images, collate_draws, list_images
+from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, coco_images, collate_views, list_images
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
 from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.model import build_backbone, check_kwargs, normalise
@@ -68,7 +68,7 @@ def load_data(config: PretrainConfig) -> UnlabelledImages:
         files = coco_images(config.data.annotations, config.data.images)
     else:
         files = list_images(config.data.images)
-    return UnlabelledImages(files, TwoViews(config.model.input.height))
+    return UnlabelledImages(FilePictures(files), TwoViews(config.model.input.height))
 
 
 def build_method(config: PretrainConfig) -> MSCL:
@@ -102,21 +102,21 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
         len(images), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
     )
     cuda = fabric.device.type == "cuda"
-    loader = training_loader(images, collate_draws, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
+    loader = training_loader(images, collate_views, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
     progress = Progress(loader, state.step, total, global_batch, "pretrain", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
     losses = LossWindow()
     unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
     with StopSignals() as signals:
-        for views, replaced in progress:
+        for views in progress:
             epoch = state.step // per_epoch
             lr = cosine(base_lr, epoch, config.optim.epochs)
             for group in plain_optimizer.param_groups:
                 group["lr"] = base_lr if group["fixed"] else lr
-            values = training_step(fabric, network, optimizer, views, config)
+            values = training_step(fabric, network, optimizer, views.images, config)
             state.step += 1
-            losses.add(state.step, values, [f"batch of step {state.step}"])
-            unreadable.add(replaced)
+            losses.add(state.step, values, views.names)
+            unreadable.add(views.replaced)
 
             ends, epoch_ends = state.step == total, state.step % per_epoch == 0
             saves = ends or state.step % config.save_every == 0

@@ -80,6 +80,9 @@ class Numbers:
     def __len__(self) -> int:
         return self.length
 
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return epoch_order(seed, epoch, self.length)
+
     def sample(self, index: int, generator: Callable[[int], np.random.Generator]) -> tuple[int, list[float]]:
         if index in self.unreadable:
             raise UnreadableImage(f"{index}.jpg", "broken")

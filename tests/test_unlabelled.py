@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from poserelay.datasets.sampling import TrainingDraws, draw_generator, epoch_order
-from poserelay.datasets.unlabelled import UnlabelledImages, coco_images, collate_draws, list_images
+from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, coco_images, collate_views, list_images
 from poserelay.errors import UserError
 
 
@@ -58,14 +58,15 @@ def two_noisy_views(image: np.ndarray, generator: Callable[[int], np.random.Gene
 def test_views_of_unreadable_pictures_are_replaced(folder: Path) -> None:
     files = list_images(folder)
     files[1].write_bytes(b"broken")
-    draws = TrainingDraws(UnlabelledImages(files, two_noisy_views), seed=3)
-    views, replaced = collate_draws([draws[4, position] for position in range(3)])
+    draws = TrainingDraws(UnlabelledImages(FilePictures(files), two_noisy_views), seed=3)
+    views, names, replaced = collate_views([draws[4, position] for position in range(3)])
     assert views.shape == (2, 3, 3, 6, 8)
     assert len(replaced) == 1
     assert "b.png" in replaced[0]
     order = epoch_order(3, 4, 3).tolist()
     for position, index in enumerate(order):
         index = order[(position + 1) % 3] if index == 1 else index
+        assert names[position] == str(files[index])
         picture = np.asarray(Image.open(files[index])).transpose(2, 0, 1)
         for view in range(2):
             shift = draw_generator(3, 4, index, view).integers(0, 100)
@@ -76,5 +77,5 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((6, 8, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
-    images = UnlabelledImages(list_images(tmp_path), lambda image, _: torch.from_numpy(image))
-    assert images.sample(0, lambda view: draw_generator(0, 0, 0, view)).shape == (8, 6, 3)
+    images = UnlabelledImages(FilePictures(list_images(tmp_path)), lambda image, _: torch.from_numpy(image))
+    assert images.sample(0, lambda view: draw_generator(0, 0, 0, view))[0].shape == (8, 6, 3)

@@ -78,9 +78,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Source(Protocol[Item]):
-    """What can be drawn from; `sample` raises UnreadableImage for a picture that cannot be read."""
+    """What can be drawn from; `sample` raises UnreadableImage for a picture that cannot be read.
+
+    `order` is a permutation of its indices for an epoch, the same however often it is asked for.
+    """
 
     def __len__(self) -> int: ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray: ...
 
     def sample(self, index: int, generator: Draws) -> Item: ...
 
@@ -104,7 +109,7 @@ class TrainingDraws(Dataset[tuple[Item, list[str]]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Item, list[str]]:
         epoch, position = key
         length = len(self.source)
-        order = epoch_order(self.seed, epoch, length)
+        order = self.source.order(self.seed, epoch)
         replaced: list[str] = []
         for offset in range(length):
             index = int(order[(position + offset) % length])
@@ -148,17 +153,24 @@ def read_image(path: str | os.PathLike[str], orientation: Literal["ignore", "exi
             data = file.read()
     except OSError as error:
         raise UnreadableImage(path, error.strerror or str(error)) from None
+    return decode_image(data, path, orientation)
+
+
+def decode_image(
+    data: bytes, name: str | os.PathLike[str], orientation: Literal["ignore", "exif"] = "ignore"
+) -> np.ndarray:
+    """As `read_image`, from the bytes of the file `name`, which only errors use."""
     if not data:
-        raise UnreadableImage(path, "the file is empty")
+        raise UnreadableImage(name, "the file is empty")
     if _is_truncated(data):
-        raise UnreadableImage(path, "the file is truncated")
+        raise UnreadableImage(name, "the file is truncated")
     flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "ignore" else 0)
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
     except cv2.error as error:
-        raise UnreadableImage(path, f"cannot be decoded ({error.err})") from None
+        raise UnreadableImage(name, f"cannot be decoded ({error.err})") from None
     if image is None:
-        raise UnreadableImage(path, "not a picture, or damaged")
+        raise UnreadableImage(name, "not a picture, or damaged")
     return image
 
 

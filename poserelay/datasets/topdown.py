@@ -19,7 +19,7 @@ from ..errors import UnreadableImage, UserError
 from ..geometry import apply_affine, box_to_affine, clip_boxes, half_body_box
 from ..keypoints import Skeleton, match_joints
 from .coco import CocoAnnotations, Detections, check_images_exist
-from .sampling import Draws, read_image
+from .sampling import Draws, epoch_order, read_image
 
 
 @dataclass
@@ -112,6 +112,10 @@ class TopDownDataset(Dataset[CropRecord]):
 
     def __getitem__(self, index: int) -> CropRecord:
         return self.evaluation_sample(index)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A uniform permutation for each epoch."""
+        return epoch_order(seed, epoch, len(self))
 
     def sample(self, index: int, generator: Draws) -> CropRecord:
         """Crop `index` with the augmentation drawn from view 0; raises UnreadableImage."""

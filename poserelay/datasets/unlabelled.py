@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UnreadableImage, UserError
 from .coco import check_images_exist, read_image_list
-from .sampling import Draws, read_image
+from .sampling import Draws, decode_image, epoch_order
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -50,6 +51,60 @@ def coco_images(path: str | os.PathLike[str], image_dir: str | os.PathLike[str])
     return [Path(image_dir, name) for name in names]
 
 
+class Pictures(Protocol):
+    """Encoded pictures in a fixed order: files of folders, or members of shards."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the picture; its parent folder is its class where classes are folders."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture; raises UnreadableImage."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of the indices for an epoch."""
+        ...
+
+
+class FilePictures:
+    """Picture files, visited in any order."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return str(self.files[index])
+
+    def read(self, index: int) -> bytes:
+        """The file; raises UnreadableImage."""
+        try:
+            return self.files[index].read_bytes()
+        except OSError as error:
+            raise UnreadableImage(self.files[index], error.strerror or str(error)) from None
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A uniform permutation."""
+        return epoch_order(seed, epoch, len(self))
+
+
+class Views(NamedTuple):
+    """A batch of views."""
+
+    images: Tensor
+    """uint8 RGB `[V, B, 3, h, w]`."""
+    names: list[str]
+    """Of the B pictures."""
+    replaced: list[str]
+    """A message per unreadable picture that another one stands in for."""
+
+
 class UnlabelledImages:
     """Pictures turned upright by their EXIF orientation, then into views.
 
@@ -57,18 +112,27 @@ class UnlabelledImages:
         transform: (RGB uint8 `[H, W, 3]`, view -> generator of its draws) -> uint8 `[V, 3, h, w]`.
     """
 
-    def __init__(self, files: Sequence[Path], transform: Callable[[np.ndarray, Draws], Tensor]) -> None:
-        self.files = files
+    def __init__(self, pictures: Pictures, transform: Callable[[np.ndarray, Draws], Tensor]) -> None:
+        self.pictures = pictures
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pictures)
 
-    def sample(self, index: int, generator: Draws) -> Tensor:
-        """The views `[V, 3, h, w]` of picture `index`; raises UnreadableImage."""
-        return self.transform(read_image(self.files[index], orientation="exif"), generator)
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order in which an epoch visits the pictures."""
+        return self.pictures.order(seed, epoch)
+
+    def sample(self, index: int, generator: Draws) -> tuple[Tensor, str]:
+        """The views `[V, 3, h, w]` of picture `index` and its name; raises UnreadableImage."""
+        name = self.pictures.name(index)
+        return self.transform(decode_image(self.pictures.read(index), name, orientation="exif"), generator), name
 
 
-def collate_draws(draws: Sequence[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[str]]:
-    """Stack what `TrainingDraws` gives: views `[V, B, 3, h, w]`, and a message per unreadable picture."""
-    return torch.stack([views for views, _ in draws], dim=1), [message for _, messages in draws for message in messages]
+def collate_views(draws: Sequence[tuple[tuple[Tensor, str], list[str]]]) -> Views:
+    """Stack what `TrainingDraws` gives."""
+    return Views(
+        torch.stack([views for (views, _), _ in draws], dim=1),
+        [name for (_, name), _ in draws],
+        [message for _, messages in draws for message in messages],
+    )
