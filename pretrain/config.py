@@ -13,16 +13,34 @@ from poserelay.config import ModelConfig, Named, check_loop_fields, check_ranges
 class DataConfig:
     """Unlabelled pictures."""
 
-    images: str
-    """Folder of pictures, read with its subfolders (ImageNet's train folder)."""
+    images: str | None = None
+    """Folder of pictures, read with its subfolders (ImageNet's train folder), or of tar shards (poserelay prepare)."""
     annotations: str | None = None
     """COCO JSON whose `images` list names the pictures inside the folder; null takes every picture in the folder."""
+    more_images: tuple[str, ...] = ()
+    """Further folders, pictures like `images`, which an epoch visits too (COCO's unlabeled2017)."""
+
+    def __post_init__(self) -> None:
+        if self.images is None and (self.annotations or self.more_images):
+            raise ValueError("data.images is missing, beside data.annotations or data.more_images; give the folder")
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """How the two views of a picture are made; their distribution is MoCo v2's in every case."""
+
+    colour: Literal["fused", "exact", "device"] = "fused"
+    """fused: one colour matrix per view, clipped once; exact: PIL's operations one by one; device: colour and blur on
+    the device, batched, each sample with draws of its own."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """SGD with a cosine schedule and the linear learning-rate rule (MSCL section 4.1, SimSiam)."""
 
+    name: Literal["sgd", "lars"] = "sgd"
+    """lars scales each weight matrix's step to its norm, for global batches of thousands; biases and batch norms keep
+    plain SGD without weight decay."""
     base_lr: float = 0.05
     """Learning rate for a global batch of 256; the run uses base_lr x global batch / 256."""
     momentum: float = 0.9
@@ -31,36 +49,50 @@ class OptimConfig:
     """On all parameters."""
     batch_size: int = 64
     """Pictures per process and step, each seen in two views."""
+    micro_batches: int = 1
+    """Passes that the batch is split into, to fit the memory. Gradients are those of the whole batch; batch norm sees
+    batch_size / micro_batches pictures, and a step's later passes find its earlier ones in MoCo's queue."""
     epochs: int = 100
-    """Passes over the pictures."""
+    """Passes over the pictures; 0, with method none, hands the backbone off as it was built."""
     fixed_predictor_lr: bool = True
     """Keep the prediction heads at the first learning rate (SimSiam's fix-pred-lr)."""
 
     def __post_init__(self) -> None:
-        for name in ("base_lr", "batch_size", "epochs"):
+        for name in ("base_lr", "batch_size", "micro_batches"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
-        check_ranges(self, {"weight_decay": (0, math.inf), "momentum": (0, 1)}, "optim.")
-        if self.batch_size < 2:
+        ranges = {"weight_decay": (0, math.inf), "momentum": (0, 1), "epochs": (0, math.inf)}
+        check_ranges(self, ranges, "optim.")
+        if self.batch_size % self.micro_batches:
             raise ValueError(
-                "optim.batch_size is 1: the heads' batch normalisation needs at least 2 pictures per process"
+                f"optim.batch_size is {self.batch_size}, which optim.micro_batches, {self.micro_batches}, does not "
+                "divide; choose another"
+            )
+        if self.batch_size // self.micro_batches < 2:
+            raise ValueError(
+                f"optim.batch_size is {self.batch_size} in {self.micro_batches} passes: batch normalisation needs at "
+                "least 2 pictures per process and pass"
             )
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a backbone on unlabelled pictures with MSCL."""
+    """Pretrain a backbone on unlabelled pictures: MSCL, SimSiam, MoCo v2, DenseCL."""
 
     model: ModelConfig
     """The backbone that is handed off and the size of its views; without a head."""
-    data: DataConfig
     run_dir: str
     """Folder of this run; started again in the same folder it resumes."""
+    data: DataConfig = field(default_factory=DataConfig)
     method: Named = field(default_factory=lambda: Named("mscl"))
-    """What is trained around the backbone; kwargs are the fields of pretrain/mscl.py."""
-    loss_weights: tuple[float, ...] = (1.0, 2.0, 2.0, 5.0)
-    """Lambda of Eq. 7 for each compared level, fine to coarse; normalised to sum 1."""
+    """What is trained around the backbone: mscl, simsiam, moco, densecl, or none, which trains nothing (a baseline);
+    kwargs are the arguments of its class in pretrain/."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """stop ends the run, saved, once a term of the loss has looked collapsed in five rows of metrics.jsonl running."""
+    compile: bool = False
+    """Let torch compile the networks: minutes at the start, faster steps on a GPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
     seed: int = 0
@@ -86,6 +118,11 @@ class PretrainConfig:
         height, width = self.model.input.height, self.model.input.width
         if height != width:
             raise ValueError(f"model.input is {height}x{width}, but the views are square; give height and width alike")
-        if not self.loss_weights or min(self.loss_weights) < 0 or sum(self.loss_weights) <= 0:
-            raise ValueError(f"loss_weights is {list(self.loss_weights)}, expected weights of at least 0, not all 0")
+        if (self.method.name == "none") != (self.optim.epochs == 0):
+            raise ValueError(
+                f"optim.epochs is {self.optim.epochs} and method.name {self.method.name!r}: method none trains nothing "
+                "and goes with 0 epochs, the others with more"
+            )
+        if self.data.images is None and self.optim.epochs:
+            raise ValueError("data.images is missing; give the folder of pictures to train on")
         check_loop_fields(self)

@@ -1,9 +1,9 @@
-"""Signs that a level of a siamese network collapses: its outputs all alike, or a task solved too early.
+"""Signs that a term of a self-supervised loss collapses: its outputs all alike, in few directions, or solved too early.
 
 Chen and He (SimSiam, 2021, Fig. 2): outputs that are spread out have, once L2-normalised, a standard deviation of
 1 / sqrt(d) in each of their d dimensions; collapsed ones have 0. BN at a head's end hides a collapse onto few
-dimensions from that figure, and the shortcut of shallow features (MSCL, Fig. 4) leaves it whole too: both show in a
-loss that comes near its minimum -1 long before the end.
+directions from that figure: the effective rank shows it. The shortcut of shallow features (MSCL, Fig. 4) leaves both
+whole: it shows in a loss that comes near its minimum long before the end.
 """
 
 from __future__ import annotations
@@ -24,37 +24,62 @@ def spread(outputs: Tensor) -> Tensor:
     return normalize(outputs.float(), dim=1).std(0).mean() * outputs.shape[1] ** 0.5
 
 
+@torch.no_grad()
+def effective_rank(outputs: Tensor) -> Tensor:
+    """Number of directions that the L2-normalised, centred outputs `[B, d]` take up, 1 to min(B - 1, d).
+
+    A scalar, the participation ratio of the covariance's eigenvalues, their squared sum over the sum of their squares;
+    0 for outputs that are all the same. Vectors without any structure reach about B d / (B + d).
+    """
+    unit = normalize(outputs.float(), dim=1)
+    centred = unit - unit.mean(0)
+    gram = centred @ centred.T
+    return gram.trace() ** 2 / gram.square().sum().clamp(min=1e-24)
+
+
 def collapse_warnings(
-    levels: Sequence[str],
+    terms: Sequence[str],
     spreads: Sequence[float],
     losses: Sequence[float],
     progress: float,
     *,
+    ranks: Sequence[float] | None = None,
+    loss_range: tuple[float, float] = (0.0, -1.0),
     min_spread: float = 0.3,
-    near_minimum: float = -0.95,
+    min_rank: float = 2.0,
+    near_minimum: float = 0.95,
     early: float = 0.2,
-) -> list[str]:
-    """Return one warning per level that looks collapsed, in the order of the levels.
+) -> dict[str, str]:
+    """Return a warning for each term that looks collapsed, by name, in their order.
 
     Args:
-        levels: names for the message.
-        spreads: of each level's mapping outputs, see `spread`; their mean over the last steps is steadier than one.
-        losses: of each level, in -1..1.
+        terms: names for the message.
+        spreads: of each term's outputs, see `spread`; their mean over the last steps is steadier than one.
+        losses: of each term.
         progress: share of the run that is done, 0..1.
+        ranks: of each term's outputs, see `effective_rank`.
+        loss_range: the loss of outputs that know nothing of each other, and the least possible one.
         min_spread: below it the outputs are called alike, at any time.
-        near_minimum: a loss below it is called solved, if `progress` is below `early`.
+        min_rank: below it they are called alike in all but one direction, at any time.
+        near_minimum: share of the loss's range; beyond it the term is called solved, if `progress` is below `early`.
         early: share of the run, 0..1.
     """
-    warnings = []
-    for level, spread_, loss in zip(levels, spreads, losses, strict=True):
+    start, least = loss_range
+    warnings = {}
+    for term, spread_, loss, rank in zip(terms, spreads, losses, ranks or [float("inf")] * len(terms), strict=True):
         if not spread_ >= min_spread:
-            warnings.append(
-                f"{level}: the outputs are nearly alike (std {spread_:.2f} of 1/sqrt(d), below {min_spread:g}): "
+            warnings[term] = (
+                f"{term}: the outputs are nearly alike (std {spread_:.2f} of 1/sqrt(d), below {min_spread:g}): "
                 "it is collapsing; lower the learning rate"
             )
-        elif loss < near_minimum and progress < early:
-            warnings.append(
-                f"{level}: loss {loss:.3f} after {progress:.0%} of the run, near its minimum -1 too early: it "
-                "collapses or takes a shortcut; lower the learning rate or this level's loss weight"
+        elif not rank >= min_rank:
+            warnings[term] = (
+                f"{term}: the outputs lie on a line (effective rank {rank:.1f}, below {min_rank:g}): it is collapsing; "
+                "lower the learning rate"
+            )
+        elif (start - loss) / (start - least) > near_minimum and progress < early:
+            warnings[term] = (
+                f"{term}: loss {loss:.3f} after {progress:.0%} of the run, near its minimum {least:g} too early: it "
+                "collapses or takes a shortcut; lower the learning rate or this term's weight"
             )
     return warnings

@@ -7,7 +7,7 @@ one (Eq. 1-2), mapped (Eq. 3) and predicted from the other view (Eq. 4-7). The h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
@@ -16,19 +16,10 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from poserelay.errors import UserError
 
+from .comparison import Comparison, LevelOutputs, widen
+
 Fusion = Literal["one_hop", "recursive", "none"]
 Pool = Literal["max", "mean"]
-
-
-class LevelOutputs(NamedTuple):
-    """One level of both views, each `[B, width]`: p predicts the other view's z."""
-
-    p1: Tensor
-    """The prediction head's output of view 1, Z of Eq. 4."""
-    z1: Tensor
-    """The mapping head's output of view 1, F' of Eq. 3."""
-    p2: Tensor
-    z2: Tensor
 
 
 class FeaturePyramid(nn.Module):
@@ -79,12 +70,13 @@ class FeaturePyramid(nn.Module):
 class MSCL(nn.Module):
     """The siamese network over a backbone, Eq. 1-4.
 
-    With one level, no fusion, mean pooling and widths 2048 and 512 it is SimSiam.
+    With levels (3,), loss_weights (1,), fusion none, pool mean, width 2048 and prediction_width 512 it is SimSiam.
 
     Args:
         backbone: turns images into a list of maps, fine to coarse.
         channels: of those maps.
         levels: which of the maps are compared, 0 the finest (conv2_x).
+        loss_weights: lambda of Eq. 7 for each of the levels; normalised to sum 1.
         width: of the fused maps, the mapping heads and the outputs.
         prediction_width: of the prediction heads' hidden layer.
         fusion: as in FeaturePyramid; none pools the backbone's maps as they are (Table 5, row 2).
@@ -94,8 +86,12 @@ class MSCL(nn.Module):
         concatenate_views: one forward over both views, so that BN statistics are over both, instead of one each.
 
     Raises:
-        UserError: a width below 1, a level that the backbone does not have, shared heads over levels of unequal widths.
+        UserError: a width below 1, a level that the backbone does not have, weights that do not fit the levels, shared
+            heads over levels of unequal widths.
     """
+
+    loss_range = (0.0, -1.0)
+    sync_batch_norm = True
 
     def __init__(
         self,
@@ -103,6 +99,7 @@ class MSCL(nn.Module):
         channels: Sequence[int],
         *,
         levels: Sequence[int] = (0, 1, 2, 3),
+        loss_weights: Sequence[float] = (1.0, 2.0, 2.0, 5.0),
         width: int = 512,
         prediction_width: int = 128,
         fusion: Fusion = "one_hop",
@@ -119,9 +116,12 @@ class MSCL(nn.Module):
                 f"levels is {list(levels)}, but this backbone has levels 0 to {len(channels) - 1}: "
                 "name those to compare once each, from fine (0) to coarse"
             )
+        check_weights(loss_weights, len(levels))
         chosen = [channels[level] for level in levels]
         self.backbone = backbone
         self.levels = tuple(levels)
+        self.terms = tuple(f"conv{level + 2}" for level in levels)
+        self.loss_weights = tuple(loss_weights)
         self.pool: Pool = pool
         self.concatenate_views = concatenate_views
         self.pyramid = None
@@ -158,6 +158,19 @@ class MSCL(nn.Module):
             outputs.append((self.prediction_heads[head](z), z))
         return outputs
 
+    def compare(self, outputs: Sequence[LevelOutputs]) -> Comparison:
+        """Eq. 5-7, with this model's weights."""
+        levels = [LevelOutputs(*map(widen, level)) for level in outputs]
+        loss, per_level = mscl_loss(levels, self.loss_weights)
+        return Comparison(loss, per_level, [level.z1 for level in levels])
+
+    def predictors(self) -> list[nn.Parameter]:
+        """The prediction heads' parameters."""
+        return list(self.prediction_heads.parameters())
+
+    def after_step(self) -> None:
+        """Nothing to do."""
+
 
 def global_pool(maps: Tensor, pool: Pool) -> Tensor:
     """Pool `[B, C, H, W]` over the picture to `[B, C]`."""
@@ -176,11 +189,7 @@ def mscl_loss(outputs: Sequence[LevelOutputs], weights: Sequence[float]) -> tupl
     Raises:
         UserError: weights that do not fit the levels, or are not positive somewhere and nowhere negative.
     """
-    if len(weights) != len(outputs) or min(weights) < 0 or sum(weights) <= 0:
-        raise UserError(
-            f"loss_weights is {list(weights)}: give one weight of at least 0 for each of the {len(outputs)} levels, "
-            "not all of them 0"
-        )
+    check_weights(weights, len(outputs))
     per_level = torch.stack(
         [(negative_cosine(level.p1, level.z2) + negative_cosine(level.p2, level.z1)) / 2 for level in outputs]
     )
@@ -191,3 +200,12 @@ def mscl_loss(outputs: Sequence[LevelOutputs], weights: Sequence[float]) -> tupl
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Eq. 5 averaged over a batch `[B, d]`, with the gradient stopped at z."""
     return -cosine_similarity(p, z.detach(), dim=1).mean()
+
+
+def check_weights(weights: Sequence[float], levels: int) -> None:
+    """Raise UserError where `weights` are not one per level, at least 0 and not all 0."""
+    if len(weights) != levels or min(weights) < 0 or sum(weights) <= 0:
+        raise UserError(
+            f"loss_weights is {list(weights)}: give one weight of at least 0 for each of the {levels} levels, "
+            "not all of them 0"
+        )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightly.utils.lars import LARS
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from poserelay.backbones import Backbone
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
@@ -22,12 +26,19 @@ from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
 from poserelay.run import Run, is_finished, open_run
 from poserelay.schedules import cosine
 
-from .config import PretrainConfig
-from .monitors import collapse_warnings, spread
-from .mscl import MSCL, mscl_loss
+from .comparison import Comparison, Method
+from .config import OptimConfig, PretrainConfig
+from .densecl import DenseCL
+from .moco import MoCo
+from .monitors import collapse_warnings, effective_rank, spread
+from .mscl import MSCL
+from .simsiam import SimSiam
 from .views import TwoViews
 
-METHODS = {"mscl": MSCL}
+METHODS: dict[str, Callable[..., Any]] = {"mscl": MSCL, "simsiam": SimSiam, "moco": MoCo, "densecl": DenseCL}
+
+# rows of metrics.jsonl in a row that look collapsed before on_collapse: stop ends a run
+COLLAPSED_ROWS = 5
 
 
 @dataclass
@@ -38,6 +49,8 @@ class State:
     samples: int
     step: int = 0
     unreadable: int = 0
+    collapsed: int = 0
+    """Rows running in which some term looked collapsed."""
 
 
 def main(config: PretrainConfig) -> None:
@@ -46,13 +59,18 @@ def main(config: PretrainConfig) -> None:
     if config.resume != "never" and is_finished(run_dir, plain):
         print(f"{run_dir}: already finished", file=sys.stderr)
         return
-    images = load_data(config)
+    images = load_data(config) if config.optim.epochs else None
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
-    model = build_method(config)
+    backbone = build_backbone(config.model.backbone)
+    method = build_method(config, backbone) if images else None
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain", plain, config.resume))
     try:
-        train(fabric, model, images, config, run)
+        if images and method:
+            train(fabric, method, images, config, run)
+        if run:
+            export(run, backbone, config)
+        fabric.barrier()
     except (CheckFailed, Interrupted, UserError) as reason:
         if run:
             run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
@@ -63,40 +81,36 @@ def main(config: PretrainConfig) -> None:
 
 
 def load_data(config: PretrainConfig) -> UnlabelledImages:
-    """List the pictures."""
-    if config.data.annotations:
-        files = coco_images(config.data.annotations, config.data.images)
-    else:
-        files = list_images(config.data.images)
+    """List the pictures; `config.data.images` is given."""
+    folder = str(config.data.images)
+    files = coco_images(config.data.annotations, folder) if config.data.annotations else list_images(folder)
+    files += [file for further in config.data.more_images for file in list_images(further)]
+    if len(files) < 2:
+        raise UserError(f"{config.data.images}: one picture; pretraining compares pictures, give at least two")
     return UnlabelledImages(FilePictures(files), TwoViews(config.model.input.height))
 
 
-def build_method(config: PretrainConfig) -> MSCL:
-    """The siamese network around the backbone that will be handed off."""
-    if config.method.name not in METHODS:
-        raise UserError(f"method {config.method.name!r} is not known; choose from {', '.join(METHODS)}")
-    check_kwargs("method", config.method, MSCL, given=("backbone", "channels"))
-    backbone = build_backbone(config.model.backbone)
-    model = METHODS[config.method.name](backbone, backbone.channels, **config.method.kwargs)
-    if len(config.loss_weights) != len(model.levels):
-        raise UserError(
-            f"loss_weights has {len(config.loss_weights)} entries for {len(model.levels)} levels; give one per level"
-        )
-    return model
+def build_method(config: PretrainConfig, backbone: Backbone) -> Method:
+    """What is trained around the backbone that will be handed off."""
+    named = config.method
+    if named.name not in METHODS:
+        raise UserError(f"method {named.name!r} is not known; choose from {', '.join(METHODS)}, none")
+    check_kwargs("method", named, METHODS[named.name], given=("backbone", "channels"))
+    return METHODS[named.name](backbone, backbone.channels, **named.kwargs)
 
 
-def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: PretrainConfig, run: Run | None) -> None:
-    """Set up the optimiser, resume, run all steps, export."""
+def train(fabric: Fabric, method: Any, images: UnlabelledImages, config: PretrainConfig, run: Run | None) -> None:
+    """Set up the optimiser, resume, run all steps."""
     folder, world = Path(config.run_dir) / "resume", fabric.world_size
     global_batch = config.optim.batch_size * world
     per_epoch = steps_per_epoch(len(images), global_batch)
     total = per_epoch * config.optim.epochs
     base_lr = config.optim.base_lr * global_batch / 256
-    network = fabric.setup_module(sync_batch_norm(model, fabric))
-    plain_optimizer = build_optimizer(model, config, base_lr)
+    network = wrap(fabric, method, config)
+    plain_optimizer = build_optimizer(method, config.optim, base_lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, None, State(world, len(images)))
-    announce(fabric, config, images, global_batch, base_lr, total, state)
+    state = restore_training(load_resume(folder), method, plain_optimizer, fabric, None, State(world, len(images)))
+    announce(fabric, method, config, images, base_lr, total, state)
 
     batches = EpochBatches(
         len(images), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
@@ -105,7 +119,7 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
     loader = training_loader(images, collate_views, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
     progress = Progress(loader, state.step, total, global_batch, "pretrain", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
-    losses = LossWindow()
+    losses, collapsed = LossWindow(), None
     unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
     with StopSignals() as signals:
         for views in progress:
@@ -113,7 +127,7 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
             lr = cosine(base_lr, epoch, config.optim.epochs)
             for group in plain_optimizer.param_groups:
                 group["lr"] = base_lr if group["fixed"] else lr
-            values = training_step(fabric, network, optimizer, views.images, config)
+            values = training_step(fabric, network, method, optimizer, views.images, config, state.step)
             state.step += 1
             losses.add(state.step, values, views.names)
             unreadable.add(views.replaced)
@@ -123,16 +137,19 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
             due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
-                named = name_values(model, losses.flush(fabric))
-                warn_of_collapse(fabric, model, named, state.step / total)
-                named |= {"unreadable": unreadable.check(fabric), "lr": lr, **progress.rates()}
+                named = name_values(method, losses.flush(fabric))
+                collapsed = watch(fabric, method, named, state, total)
+                named |= {"unreadable": unreadable.check(fabric), "lr": lr, **progress.rates(), **memory(fabric)}
                 if journal:
                     journal.write("train", state.step, epoch, named)
+                stop = stop or (collapsed if config.on_collapse == "stop" else None)
             if epoch_ends:
                 unreadable.count = 0
             if run and (stop or saves):
                 state.unreadable = unreadable.count
-                save_resume(folder, training_state(model, plain_optimizer, fabric, None, state))
+                save_resume(folder, training_state(method, plain_optimizer, fabric, None, state))
+            if stop and stop == collapsed:
+                raise CheckFailed(stop)
             if stop:
                 raise Interrupted(
                     f"{stop} at step {state.step} of {total}; saved, start the same command again to go on"
@@ -140,51 +157,107 @@ def train(fabric: Fabric, model: MSCL, images: UnlabelledImages, config: Pretrai
     if run and journal:
         journal.close()
         run.heartbeat(state.step, total)
-        export(run, model, config)
-    fabric.barrier()
 
 
-def training_step(fabric: Fabric, network: Any, optimizer: Any, views: Tensor, config: PretrainConfig) -> Tensor:
-    """One optimiser step on views `[2, B, 3, H, W]`; returns loss, loss per level, spread per level, `[1 + 2 L]`."""
+def wrap(fabric: Fabric, method: Any, config: PretrainConfig) -> Any:
+    """The networks as the loop calls them: batch norm over all GPUs where wanted, compiled, one process of several."""
+    if fabric.world_size > 1:
+        freeze_unreached(method, config)
+        if method.sync_batch_norm:
+            sync_batch_norm(method, fabric)
+    if fabric.device.type == "cuda":
+        method.to(memory_format=torch.channels_last)
+    network: Any = torch.compile(method) if config.compile else method
+    return fabric.setup_module(network)
+
+
+def freeze_unreached(method: Any, config: PretrainConfig) -> None:
+    """Freeze what no gradient reaches, an HRNet's other branches under SimSiam: several processes would wait for it."""
+    probe = copy.deepcopy(method).eval()
+    size = (2, 3, config.model.input.height, config.model.input.width)
+    probe.compare(probe(torch.zeros(size), torch.zeros(size))).loss.backward()
+    for parameter, probed in zip(method.parameters(), probe.parameters(), strict=True):
+        parameter.requires_grad_(probed.grad is not None)
+
+
+def training_step(
+    fabric: Fabric, network: Any, method: Any, optimizer: Any, views: Tensor, config: PretrainConfig, step: int
+) -> Tensor:
+    """One optimiser step on views `[2, B, 3, H, W]`; returns `[1 + 3 L]`: loss, then per term loss, spread and rank."""
     views = views.to(fabric.device, non_blocking=True)
-    outputs = network(normalise(views[0], config.model.input), normalise(views[1], config.model.input))
-    loss, per_level = mscl_loss(
-        [type(level)(*(output.float() for output in level)) for level in outputs], config.loss_weights
-    )
+    parts = views.chunk(config.optim.micro_batches, dim=1)
+    rows = []
     optimizer.zero_grad()
-    fabric.backward(loss)
+    for number, part in enumerate(parts):
+        unfinished = fabric.world_size > 1 and number < len(parts) - 1
+        with fabric.no_backward_sync(network, enabled=unfinished):
+            comparison = method.compare(network(*(normalise(view, config.model.input) for view in part)))
+            fabric.backward(comparison.loss / len(parts))
+        rows.append(figures(comparison))
     optimizer.step()
-    spreads = torch.stack([spread(level.z1) for level in outputs])
-    return torch.cat([loss.detach()[None], per_level.detach(), spreads])
+    method.after_step()
+    return torch.stack(rows).mean(0)
 
 
-def build_optimizer(model: MSCL, config: PretrainConfig, base_lr: float) -> torch.optim.SGD:
-    """SGD with the prediction heads in a group of their own, whose learning rate may stay fixed."""
-    heads = list(model.prediction_heads.parameters())
-    fixed = {id(parameter) for parameter in heads}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in fixed]
-    groups = [{"params": others, "fixed": False}, {"params": heads, "fixed": config.optim.fixed_predictor_lr}]
-    return torch.optim.SGD(groups, base_lr, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
+def figures(comparison: Comparison) -> Tensor:
+    """What the loop watches, `[1 + 3 L]`."""
+    spreads = torch.stack([spread(output) for output in comparison.outputs])
+    ranks = torch.stack([effective_rank(output) for output in comparison.outputs])
+    return torch.cat([comparison.loss.detach()[None], comparison.terms.detach(), spreads, ranks])
 
 
-def name_values(model: MSCL, values: list[float]) -> dict[str, float]:
+def build_optimizer(method: Any, optim: OptimConfig, base_lr: float) -> torch.optim.Optimizer:
+    """SGD or LARS, with the prediction heads in groups of their own, whose learning rate may stay fixed."""
+    heads = {id(parameter) for parameter in method.predictors()}
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    parts = [[p for p in trained if (id(p) in heads) == part] for part in (False, True)]
+    groups = [
+        {"params": part, "fixed": fixed}
+        for part, fixed in zip(parts, (False, optim.fixed_predictor_lr), strict=True)
+        if part
+    ]
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, base_lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    # lightly's LARS scales no group without weight decay, as SimCLR and BYOL ask for biases and norms
+    split = [
+        {"params": chosen, "fixed": group["fixed"], "weight_decay": optim.weight_decay if matrices else 0.0}
+        for group in groups
+        for matrices in (True, False)
+        if (chosen := [p for p in group["params"] if (p.ndim > 1) == matrices])
+    ]
+    return LARS(split, base_lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+
+
+def name_values(method: Any, values: list[float]) -> dict[str, float]:
     """Names for the values of `training_step`; a level is called by its place in the backbone, conv2 the finest."""
-    levels = [f"conv{level + 2}" for level in model.levels]
-    losses, spreads = values[1 : 1 + len(levels)], values[1 + len(levels) :]
+    count = len(method.terms)
     named = {"loss": values[0]}
-    named |= {f"loss_{level}": value for level, value in zip(levels, losses, strict=True)}
-    return named | {f"spread_{level}": value for level, value in zip(levels, spreads, strict=True)}
+    for part, kind in enumerate(("loss", "spread", "rank")):
+        some = values[1 + part * count : 1 + (part + 1) * count]
+        named |= {f"{kind}_{term}": value for term, value in zip(method.terms, some, strict=True)}
+    return named
 
 
-def warn_of_collapse(fabric: Fabric, model: MSCL, named: dict[str, float], progress: float) -> None:
-    """Say on stderr which levels look collapsed."""
-    levels = [f"conv{level + 2}" for level in model.levels]
-    spreads, losses = [named[f"spread_{level}"] for level in levels], [named[f"loss_{level}"] for level in levels]
-    for warning in collapse_warnings(levels, spreads, losses, progress):
-        fabric.print(f"warning: {warning}", file=sys.stderr)
+def watch(fabric: Fabric, method: Any, named: dict[str, float], state: State, total: int) -> str | None:
+    """Say on stderr which terms newly look collapsed; after COLLAPSED_ROWS such rows return the first's warning."""
+    losses, spreads, ranks = ([named[f"{kind}_{term}"] for term in method.terms] for kind in ("loss", "spread", "rank"))
+    warnings = collapse_warnings(
+        method.terms, spreads, losses, state.step / total, ranks=ranks, loss_range=method.loss_range
+    )
+    if warnings and not state.collapsed:
+        fabric.print("\n".join(f"warning: step {state.step}: {text}" for text in warnings.values()), file=sys.stderr)
+    state.collapsed = state.collapsed + 1 if warnings else 0
+    return next(iter(warnings.values())) if state.collapsed >= COLLAPSED_ROWS else None
 
 
-def export(run: Run, model: MSCL, config: PretrainConfig) -> None:
+def memory(fabric: Fabric) -> dict[str, float]:
+    """Peak memory of this process's GPU in GiB since the start; nothing on the CPU."""
+    if fabric.device.type != "cuda":
+        return {}
+    return {"gpu_gib": torch.cuda.max_memory_allocated(fabric.device) / 2**30}
+
+
+def export(run: Run, backbone: Backbone, config: PretrainConfig) -> None:
     """Write the hand-off file, the backbone alone, and the record of the run."""
     described = describe(
         stage="pretrain",
@@ -195,26 +268,29 @@ def export(run: Run, model: MSCL, config: PretrainConfig) -> None:
         upstream=None,
         metrics={},
     )
-    weights = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     write_export(run.export_path, weights, described)
     run.finish({}, None, torch.get_num_threads())
 
 
 def announce(
     fabric: Fabric,
+    method: Any,
     config: PretrainConfig,
     images: UnlabelledImages,
-    global_batch: int,
     base_lr: float,
     total: int,
     state: State,
 ) -> None:
     """Say on stderr what is about to run."""
-    norm = global_batch if fabric.device.type == "cuda" else config.optim.batch_size
+    optim = config.optim
+    global_batch = optim.batch_size * fabric.world_size
+    synced = method.sync_batch_norm and fabric.device.type == "cuda"
+    norm = (global_batch if synced else optim.batch_size) // optim.micro_batches
     lines = [
-        f"pretrain: {len(images)} pictures, {total} steps, {fabric.device.type} {config.precision}, "
-        f"{torch.get_num_threads()} threads; batch {global_batch} in all ({config.optim.batch_size} x "
-        f"{fabric.world_size}), batch norm over {norm} per view; lr {base_lr:g} = {config.optim.base_lr:g} x "
+        f"pretrain: {config.method.name}, {len(images)} pictures, {total} steps, {fabric.device.type} "
+        f"{config.precision}, {torch.get_num_threads()} threads; batch {global_batch} in all ({optim.batch_size} x "
+        f"{fabric.world_size}), batch norm over {norm} per view; lr {base_lr:g} = {optim.base_lr:g} x "
         f"{global_batch} / 256"
     ]
     if len(images) < global_batch:

@@ -228,7 +228,7 @@ def test_concatenated_views_share_their_batch_statistics():
 
 
 def test_without_fusion_a_level_is_pooled_and_mapped_as_it_is():
-    model, views = build(levels=(1, 3), fusion="none", pool="mean"), two_views()
+    model, views = build(levels=(1, 3), loss_weights=(1, 1), fusion="none", pool="mean"), two_views()
     outputs = model(*views)
     for level, output, head in zip((1, 3), outputs, model.mapping_heads, strict=True):
         vector = model.backbone(views[1])[level].mean((2, 3))

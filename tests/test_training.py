@@ -271,7 +271,7 @@ def test_mistakes_end_before_anything_is_written(
     [
         (("--method.kwargs", "{witdh: 3}"), "width"),
         (("--method.name", "msclr"), "mscl"),
-        (("--loss_weights", "[1, 2]"), "loss_weights"),
+        (("--method.kwargs.loss_weights", "[1, 2]"), "loss_weights"),
         (("--data.images", "nowhere"), "no such folder"),
         (("--model.head", "{name: simple}"), "model.head"),
         (("--model.input.width", "64"), "square"),
@@ -384,7 +384,7 @@ def test_values_out_of_range(
     [
         (("--optim.weight_decay", "-1"), "optim.weight_decay is -1"),
         (("--method.kwargs", "{width: -3}"), "width is -3"),
-        (("--loss_weights", "[0, 0, 0, 0]"), "not all 0"),
+        (("--method.kwargs.loss_weights", "[0, 0, 0, 0]"), "not all of them 0"),
     ],
 )
 def test_pretraining_values_out_of_range(
