@@ -57,6 +57,8 @@ class FinetuneConfig:
     """Folder of this run; started again in the same folder it resumes."""
     init_from: str | None = None
     """Hand-off file (export/model.safetensors) whose weights the model starts from; null: its initialisation."""
+    freeze_backbone: bool = False
+    """Train the head alone, on the backbone as it was handed over, batch norms included: a probe of what it knows."""
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augmentation: Augmentation = field(default_factory=Augmentation)

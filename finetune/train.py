@@ -35,7 +35,7 @@ from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
-from poserelay.run import Run, is_finished, open_run
+from poserelay.run import Run, file_sha256, is_finished, open_run
 from poserelay.schedules import drops
 from poserelay.scoring import coco_ap, order_of_file
 from poserelay.subsets import choose_images
@@ -110,7 +110,8 @@ def load_data(config: FinetuneConfig) -> Data:
             "never be learnt; name them alike, or choose another skeleton (--model.skeleton auto takes the file's)"
         )
     size = (config.model.input.height, config.model.input.width)
-    chosen = choose_images(annotations.labelled_image_ids, config.labels)
+    names = dict(zip(annotations.image_ids, annotations.file_names, strict=True))
+    chosen = choose_images(annotations.labelled_image_ids, config.labels, names)
     training = TopDownDataset(
         annotations,
         Path(config.data.images),
@@ -148,11 +149,14 @@ def train(
 ) -> None:
     """Set up the optimiser, resume, run all steps, export."""
     folder, world = Path(config.run_dir) / "resume", fabric.world_size
+    model.backbone.requires_grad_(not config.freeze_backbone)
     global_batch = config.optim.batch_size * world
     per_epoch = steps_per_epoch(len(data.training), global_batch)
     total = per_epoch * config.optim.epochs
     network = fabric.setup_module(sync_batch_norm(model, fabric))
-    plain_optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
+    set_training(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain_optimizer = torch.optim.Adam(trained, lr=config.optim.lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
     state = restore_training(
         load_resume(folder), model, plain_optimizer, fabric, upstream, State(world, len(data.training))
@@ -231,8 +235,15 @@ def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State,
     if config.export == "best" and state.validation["AP"] > state.best.get("AP", -1.0):
         state.best = {**state.validation, "step": state.step}
         save_best(folder, model.state_dict())
-    model.train()
+    set_training(model, config)
     return state.validation
+
+
+def set_training(model: PoseModel, config: FinetuneConfig) -> None:
+    """Training mode; a frozen backbone's batch norms keep their statistics."""
+    model.train()
+    if config.freeze_backbone:
+        model.backbone.eval()
 
 
 def export(
@@ -244,12 +255,15 @@ def export(
     if metrics and data.validation:
         made = protocol(data.validation, config.decoding, config.data.validation_boxes)
         metrics["protocol"] = {**made, "export": config.export}
+    plain = to_plain(config)
+    if config.labels.file:  # no path in a hand-off file
+        plain["labels"]["file"] = file_sha256(Path(config.labels.file))
     described = describe(
         stage="finetune",
         method=config.model.head.name if config.model.head else "",
         model=to_plain(config.model),
         skeleton=data.skeleton,
-        config=to_plain(config),
+        config=plain,
         upstream=upstream,
         metrics=metrics,
     )

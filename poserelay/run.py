@@ -24,7 +24,7 @@ import yaml
 from .errors import UserError
 
 # Fields that change neither the result nor the identity of a run.
-UNCOMPARED = ("run_dir", "resume", "workers", "device", "log_every", "save_every")
+UNCOMPARED = ("run_dir", "resume", "workers", "device", "log_every", "save_every", "knn")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import ModelConfig, Named, check_loop_fields, check_ranges
+from poserelay.config import KnnConfig, ModelConfig, Named, check_loop_fields, check_ranges
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class PretrainConfig:
     kwargs are the arguments of its class in pretrain/."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    knn: KnnConfig | None = None
+    """Classify labelled pictures by their neighbours while the backbone trains; null does not."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """stop ends the run, saved, once a term of the loss has looked collapsed in five rows of metrics.jsonl running."""
     compile: bool = False

@@ -29,7 +29,7 @@ def effective_rank(outputs: Tensor) -> Tensor:
     """Number of directions that the L2-normalised, centred outputs `[B, d]` take up, 1 to min(B - 1, d).
 
     A scalar, the participation ratio of the covariance's eigenvalues, their squared sum over the sum of their squares;
-    0 for outputs that are all the same. Vectors without any structure reach about B d / (B + d).
+    below 1 for outputs that are all the same. Vectors without any structure reach about B d / (B + d).
     """
     unit = normalize(outputs.float(), dim=1)
     centred = unit - unit.mean(0)
@@ -46,7 +46,7 @@ def collapse_warnings(
     ranks: Sequence[float] | None = None,
     loss_range: tuple[float, float] = (0.0, -1.0),
     min_spread: float = 0.3,
-    min_rank: float = 2.0,
+    min_rank: float = 3.0,
     near_minimum: float = 0.95,
     early: float = 0.2,
 ) -> dict[str, str]:
@@ -60,7 +60,7 @@ def collapse_warnings(
         ranks: of each term's outputs, see `effective_rank`.
         loss_range: the loss of outputs that know nothing of each other, and the least possible one.
         min_spread: below it the outputs are called alike, at any time.
-        min_rank: below it they are called alike in all but one direction, at any time.
+        min_rank: below it they are called alike in all but a few directions, at any time.
         near_minimum: share of the loss's range; beyond it the term is called solved, if `progress` is below `early`.
         early: share of the run, 0..1.
     """
@@ -74,8 +74,8 @@ def collapse_warnings(
             )
         elif not rank >= min_rank:
             warnings[term] = (
-                f"{term}: the outputs lie on a line (effective rank {rank:.1f}, below {min_rank:g}): it is collapsing; "
-                "lower the learning rate"
+                f"{term}: the outputs differ in few directions (effective rank {rank:.1f}, below {min_rank:g}): it is "
+                "collapsing; lower the learning rate"
             )
         elif (start - loss) / (start - least) > near_minimum and progress < early:
             warnings[term] = (

@@ -18,7 +18,15 @@ from poserelay.backbones import Backbone
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
-from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, coco_images, collate_views, list_images
+from poserelay.datasets.shards import find_pictures
+from poserelay.datasets.unlabelled import (
+    FilePictures,
+    JoinedPictures,
+    Pictures,
+    UnlabelledImages,
+    coco_images,
+    collate_views,
+)
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
 from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.model import build_backbone, check_kwargs, normalise
@@ -29,6 +37,7 @@ from poserelay.schedules import cosine
 from .comparison import Comparison, Method
 from .config import OptimConfig, PretrainConfig
 from .densecl import DenseCL
+from .knn import OnlineKnn, load_online_knn
 from .moco import MoCo
 from .monitors import collapse_warnings, effective_rank, spread
 from .mscl import MSCL
@@ -60,6 +69,7 @@ def main(config: PretrainConfig) -> None:
         print(f"{run_dir}: already finished", file=sys.stderr)
         return
     images = load_data(config) if config.optim.epochs else None
+    knn = load_online_knn(config.knn) if config.knn and config.optim.epochs else None
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model.backbone)
@@ -67,7 +77,7 @@ def main(config: PretrainConfig) -> None:
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain", plain, config.resume))
     try:
         if images and method:
-            train(fabric, method, images, config, run)
+            train(fabric, method, images, knn, config, run)
         if run:
             export(run, backbone, config)
         fabric.barrier()
@@ -83,11 +93,15 @@ def main(config: PretrainConfig) -> None:
 def load_data(config: PretrainConfig) -> UnlabelledImages:
     """List the pictures; `config.data.images` is given."""
     folder = str(config.data.images)
-    files = coco_images(config.data.annotations, folder) if config.data.annotations else list_images(folder)
-    files += [file for further in config.data.more_images for file in list_images(further)]
-    if len(files) < 2:
-        raise UserError(f"{config.data.images}: one picture; pretraining compares pictures, give at least two")
-    return UnlabelledImages(FilePictures(files), TwoViews(config.model.input.height))
+    if config.data.annotations:
+        first: Pictures = FilePictures(coco_images(config.data.annotations, folder))
+    else:
+        first = find_pictures(folder)
+    parts = [first, *(find_pictures(further) for further in config.data.more_images)]
+    pictures = JoinedPictures(parts) if len(parts) > 1 else first
+    if len(pictures) < 2:
+        raise UserError(f"{folder}: one picture; pretraining compares pictures, give at least two")
+    return UnlabelledImages(pictures, TwoViews(config.model.input.height))
 
 
 def build_method(config: PretrainConfig, backbone: Backbone) -> Method:
@@ -99,7 +113,14 @@ def build_method(config: PretrainConfig, backbone: Backbone) -> Method:
     return METHODS[named.name](backbone, backbone.channels, **named.kwargs)
 
 
-def train(fabric: Fabric, method: Any, images: UnlabelledImages, config: PretrainConfig, run: Run | None) -> None:
+def train(
+    fabric: Fabric,
+    method: Any,
+    images: UnlabelledImages,
+    knn: OnlineKnn | None,
+    config: PretrainConfig,
+    run: Run | None,
+) -> None:
     """Set up the optimiser, resume, run all steps."""
     folder, world = Path(config.run_dir) / "resume", fabric.world_size
     global_batch = config.optim.batch_size * world
@@ -145,6 +166,9 @@ def train(fabric: Fabric, method: Any, images: UnlabelledImages, config: Pretrai
                 stop = stop or (collapsed if config.on_collapse == "stop" else None)
             if epoch_ends:
                 unreadable.count = 0
+                if journal and knn and (ends or (epoch + 1) % knn.config.every == 0):
+                    accuracy = knn.evaluate(method.backbone, config.model.input, workers=config.workers)
+                    journal.write("knn", state.step, epoch, accuracy)
             if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(method, plain_optimizer, fabric, None, state))

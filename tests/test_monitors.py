@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightly.utils.debug import std_of_l2_normalized
 
-from pretrain.monitors import collapse_warnings, spread
+from pretrain.monitors import collapse_warnings, effective_rank, spread
 
 LEVELS = ("conv2_x", "conv5_x")
 
@@ -29,25 +29,52 @@ def test_spread_of_isotropic_and_of_collapsed_outputs():
 
 
 def test_a_healthy_run_warns_of_nothing():
-    assert collapse_warnings(LEVELS, [0.9, 0.4], [-0.5, -0.9], progress=0.01) == []
-    assert collapse_warnings(LEVELS, [0.9, 0.9], [-0.99, -0.97], progress=0.9) == []
+    assert collapse_warnings(LEVELS, [0.9, 0.4], [-0.5, -0.9], progress=0.01) == {}
+    assert collapse_warnings(LEVELS, [0.9, 0.9], [-0.99, -0.97], progress=0.9) == {}
 
 
 def test_outputs_all_alike_are_named_at_any_time():
     for progress in (0.0, 1.0):
-        (warning,) = collapse_warnings(LEVELS, [0.9, 0.02], [-0.5, -0.999], progress)
+        (warning,) = collapse_warnings(LEVELS, [0.9, 0.02], [-0.5, -0.999], progress).values()
         assert warning.startswith("conv5_x: ")
         assert "0.02" in warning
-    (warning,) = collapse_warnings(LEVELS, [math.nan, 0.9], [-0.5, -0.5], 0.5)
+    (warning,) = collapse_warnings(LEVELS, [math.nan, 0.9], [-0.5, -0.5], 0.5).values()
     assert warning.startswith("conv2_x: ")
 
 
 def test_a_loss_near_its_minimum_too_early_is_named():
-    (warning,) = collapse_warnings(LEVELS, [0.9, 0.9], [-0.98, -0.6], progress=0.05)
+    (warning,) = collapse_warnings(LEVELS, [0.9, 0.9], [-0.98, -0.6], progress=0.05).values()
     assert warning.startswith("conv2_x: ")
     assert "-0.980" in warning
     assert "5%" in warning
-    assert collapse_warnings(LEVELS, [0.9, 0.9], [-0.98, -0.6], progress=0.05, near_minimum=-0.99) == []
+    assert collapse_warnings(LEVELS, [0.9, 0.9], [-0.98, -0.6], progress=0.05, near_minimum=0.99) == {}
+
+
+def test_a_contrastive_loss_has_a_range_of_its_own():
+    (warning,) = collapse_warnings(["conv5"], [0.9], [0.1], 0.05, loss_range=(math.log(1001), 0.0)).values()
+    assert "near its minimum 0" in warning
+    assert collapse_warnings(["conv5"], [0.9], [1.0], 0.05, loss_range=(math.log(1001), 0.0)) == {}
+
+
+@given(batch=st.integers(3, 30), dimensions=st.integers(2, 20), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_effective_rank_is_the_participation_ratio(batch: int, dimensions: int, seed: int):
+    outputs = torch.randn(batch, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    unit = outputs / outputs.norm(dim=1, keepdim=True)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(unit.T)).clamp(min=0)
+    expected = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
+    assert effective_rank(outputs).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_outputs_on_a_line_are_named_although_batch_norm_spreads_them():
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    outputs = torch.linspace(-1, 1, 50)[:, None] * direction
+    assert effective_rank(outputs).item() == pytest.approx(1, abs=1e-3)
+    assert effective_rank(outputs[:1].expand(50, -1)).item() < 1
+    outputs = torch.nn.functional.batch_norm(outputs, None, None, training=True)
+    assert spread(outputs) > 0.9
+    (warning,) = collapse_warnings(["conv5"], [1.0], [-0.6], 0.5, ranks=[effective_rank(outputs).item()]).values()
+    assert "effective rank 1.0" in warning
 
 
 def test_a_siamese_pair_without_stop_gradient_is_caught():
@@ -66,5 +93,5 @@ def test_a_siamese_pair_without_stop_gradient_is_caught():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert collapse_warnings(["deepest"], [start], [-0.5], 0.0) == []
+    assert collapse_warnings(["deepest"], [start], [-0.5], 0.0) == {}
     assert len(collapse_warnings(["deepest"], [spread(encoder(inputs)).item()], [loss.item()], 0.1)) == 1

@@ -180,6 +180,19 @@ def test_the_backbone_is_handed_on(people: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "other").exists()
 
 
+def test_a_frozen_backbone_stays_as_it_was(people: Path, tmp_path: Path) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "pre")) == 0
+    export = tmp_path / "pre/export/model.safetensors"
+    more = ("--init_from", str(export), "--freeze_backbone", "true", "--validate_every", "1")
+    validation = ("--data.validation_annotations", str(people / "annotations.json"))
+    assert finetune(finetune_arguments(people, tmp_path / "probe", *more, *validation)) == 0
+    before, _ = read_export(export)
+    after, _ = read_export(tmp_path / "probe/export/model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    losses = [row["loss"] for row in read_metrics(tmp_path / "probe/metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
 def test_init_from_must_stay_the_same_file(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain(pretrain_arguments(people, tmp_path / "pre")) == 0
     export = tmp_path / "pre/export/model.safetensors"
