@@ -10,7 +10,14 @@ import torch
 from PIL import Image
 
 from poserelay.datasets.sampling import TrainingDraws, draw_generator, epoch_order
-from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, coco_images, collate_views, list_images
+from poserelay.datasets.unlabelled import (
+    FilePictures,
+    JoinedPictures,
+    UnlabelledImages,
+    coco_images,
+    collate_views,
+    list_images,
+)
 from poserelay.errors import UserError
 
 
@@ -79,3 +86,21 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((6, 8, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
     images = UnlabelledImages(FilePictures(list_images(tmp_path)), lambda image, _: torch.from_numpy(image))
     assert images.sample(0, lambda view: draw_generator(0, 0, 0, view))[0].shape == (8, 6, 3)
+
+
+def test_joined_sources_are_interleaved_each_in_its_own_order(folder: Path, tmp_path: Path) -> None:
+    files = list_images(folder)
+    one, other = FilePictures(files * 4), FilePictures(files[:2] * 5)
+    joined = JoinedPictures([one, other])
+    assert len(joined) == 22
+    for epoch in range(3):
+        order = joined.order(7, epoch)
+        assert sorted(order.tolist()) == list(range(22))
+        first = order < 12
+        np.testing.assert_array_equal(order[first], one.order(7, epoch))
+        np.testing.assert_array_equal(order[~first] - 12, other.order(7, epoch))
+        assert np.diff(first.astype(int)).astype(bool).sum() > 2
+    assert joined.order(7, 0).tolist() != joined.order(7, 1).tolist()
+    for index, source, row in ((0, one, 0), (11, one, 11), (12, other, 0), (21, other, 9)):
+        assert joined.name(index) == source.name(row)
+        assert joined.read(index) == source.read(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UnreadableImage, UserError
 from .coco import check_images_exist, read_image_list
-from .sampling import Draws, decode_image, epoch_order
+from .sampling import ORDER_VIEW, Draws, decode_image, draw_generator, epoch_order, reducible_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -94,6 +94,42 @@ class FilePictures:
         return epoch_order(seed, epoch, len(self))
 
 
+class JoinedPictures:
+    """Several sources as one; an epoch visits them interleaved at random, each in an order of its own."""
+
+    def __init__(self, parts: Sequence[Pictures]) -> None:
+        self.parts = parts
+        self._first = np.cumsum([0, *map(len, parts)])
+        self._epoch: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def name(self, index: int) -> str:
+        """The source's."""
+        part = self._part(index)
+        return self.parts[part].name(index - int(self._first[part]))
+
+    def read(self, index: int) -> bytes:
+        """From its source; raises UnreadableImage."""
+        part = self._part(index)
+        return self.parts[part].read(index - int(self._first[part]))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation that keeps each source's own order."""
+        if self._epoch is None or self._epoch[0] != (seed, epoch):
+            turn = np.repeat(np.arange(len(self.parts)), np.diff(self._first))
+            turn = draw_generator(seed, epoch, 1, ORDER_VIEW).permutation(turn)
+            order = np.empty(len(self), dtype=np.int64)
+            for number, part in enumerate(self.parts):
+                order[turn == number] = self._first[number] + part.order(seed, epoch)
+            self._epoch = ((seed, epoch), order)
+        return self._epoch[1]
+
+    def _part(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+
 class Views(NamedTuple):
     """A batch of views."""
 
@@ -103,6 +139,15 @@ class Views(NamedTuple):
     """Of the B pictures."""
     replaced: list[str]
     """A message per unreadable picture that another one stands in for."""
+
+
+@runtime_checkable
+class ScaledTransform(Protocol):
+    """A transform that says at which scale it needs a picture before the picture is decoded."""
+
+    def at_scale(self, size: tuple[int, int], decode: Callable[[int], np.ndarray], generator: Draws) -> Tensor:
+        """The views of a picture of `size` (height, width) that `decode(reduction)` gives, reduced by 1, 2, 4 or 8."""
+        ...
 
 
 class UnlabelledImages:
@@ -125,8 +170,15 @@ class UnlabelledImages:
 
     def sample(self, index: int, generator: Draws) -> tuple[Tensor, str]:
         """The views `[V, 3, h, w]` of picture `index` and its name; raises UnreadableImage."""
-        name = self.pictures.name(index)
-        return self.transform(decode_image(self.pictures.read(index), name, orientation="exif"), generator), name
+        name, data = self.pictures.name(index), self.pictures.read(index)
+        size = reducible_size(data) if isinstance(self.transform, ScaledTransform) else None
+
+        def decode(reduction: int = 1) -> np.ndarray:
+            return decode_image(data, name, orientation="exif", reduction=reduction)
+
+        if size and isinstance(self.transform, ScaledTransform):
+            return self.transform.at_scale(size, decode, generator), name
+        return self.transform(decode(), generator), name
 
 
 def collate_views(draws: Sequence[tuple[tuple[Tensor, str], list[str]]]) -> Views:
