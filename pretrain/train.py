@@ -17,7 +17,7 @@ from torch import Tensor
 from poserelay.backbones import Backbone
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
-from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
+from poserelay.datasets.sampling import EpochBatches, device_generator, steps_per_epoch, training_loader
 from poserelay.datasets.shards import find_pictures
 from poserelay.datasets.unlabelled import (
     FilePictures,
@@ -37,6 +37,7 @@ from poserelay.schedules import cosine
 from .comparison import Comparison, Method
 from .config import OptimConfig, PretrainConfig
 from .densecl import DenseCL
+from .device_views import DeviceColour
 from .knn import OnlineKnn, load_online_knn
 from .moco import MoCo
 from .monitors import collapse_warnings, effective_rank, spread
@@ -101,7 +102,7 @@ def load_data(config: PretrainConfig) -> UnlabelledImages:
     pictures = JoinedPictures(parts) if len(parts) > 1 else first
     if len(pictures) < 2:
         raise UserError(f"{folder}: one picture; pretraining compares pictures, give at least two")
-    return UnlabelledImages(pictures, TwoViews(config.model.input.height))
+    return UnlabelledImages(pictures, TwoViews(config.model.input.height, colour=config.views.colour))
 
 
 def build_method(config: PretrainConfig, backbone: Backbone) -> Method:
@@ -140,6 +141,7 @@ def train(
     loader = training_loader(images, collate_views, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
     progress = Progress(loader, state.step, total, global_batch, "pretrain", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
+    colour = DeviceColour(TwoViews(config.model.input.height)) if config.views.colour == "device" else None
     losses, collapsed = LossWindow(), None
     unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
     with StopSignals() as signals:
@@ -148,7 +150,10 @@ def train(
             lr = cosine(base_lr, epoch, config.optim.epochs)
             for group in plain_optimizer.param_groups:
                 group["lr"] = base_lr if group["fixed"] else lr
-            values = training_step(fabric, network, method, optimizer, views.images, config, state.step)
+            batch = views.images.to(fabric.device, non_blocking=True)
+            if colour:
+                batch = colour(batch, device_generator(config.seed, state.step, fabric.global_rank, fabric.device))
+            values = training_step(fabric, network, method, optimizer, batch, config)
             state.step += 1
             losses.add(state.step, values, views.names)
             unreadable.add(views.replaced)
@@ -205,12 +210,11 @@ def freeze_unreached(method: Any, config: PretrainConfig) -> None:
 
 
 def training_step(
-    fabric: Fabric, network: Any, method: Any, optimizer: Any, views: Tensor, config: PretrainConfig, step: int
+    fabric: Fabric, network: Any, method: Any, optimizer: Any, views: Tensor, config: PretrainConfig
 ) -> Tensor:
-    """One optimiser step on views `[2, B, 3, H, W]`; returns `[1 + 3 L]`: loss, then per term loss, spread and rank."""
-    views = views.to(fabric.device, non_blocking=True)
-    parts = views.chunk(config.optim.micro_batches, dim=1)
+    """One optimiser step on uint8 views `[2, B, 3, H, W]`; returns `[1 + 3 L]`: loss; loss, spread, rank per term."""
     rows = []
+    parts = views.chunk(config.optim.micro_batches, dim=1)
     optimizer.zero_grad()
     for number, part in enumerate(parts):
         unfinished = fabric.world_size > 1 and number < len(parts) - 1

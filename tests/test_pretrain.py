@@ -57,7 +57,7 @@ def test_one_step_at_64_pixels(backbone: Named, method: str) -> None:
     before = {name: value.clone() for name, value in model.named_parameters()}
     views = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
     fabric = Fabric(accelerator="cpu", devices=1)
-    values = training_step(fabric, fabric.setup_module(model), model, optimizer, views, config_for(batch_size=2), 0)
+    values = training_step(fabric, fabric.setup_module(model), model, optimizer, views, config_for(batch_size=2))
     assert values.isfinite().all()
     assert len(values) == 1 + 3 * len(model.terms)
     moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
@@ -101,7 +101,7 @@ def test_passes_within_a_batch_give_the_whole_batchs_gradient() -> None:
         views = torch.randint(0, 256, (2, 6, 3, 4, 4), dtype=torch.uint8)
         fabric = Fabric(accelerator="cpu", devices=1)
         config = config_for(batch_size=6, micro_batches=passes)
-        values = training_step(fabric, fabric.setup_module(model), model, optimizer, views, config, 0)
+        values = training_step(fabric, fabric.setup_module(model), model, optimizer, views, config)
         results.append((values[0], *(parameter.detach() for parameter in model.parameters())))
         assert model.steps == 1
     for one, other in zip(*results, strict=True):

@@ -57,13 +57,24 @@ def pretrain_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
     return write(run_dir, config, more)
 
 
+def contrast_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    """Pretraining with state beside the weights: a queue, momentum encoders, a step count, draws on the device."""
+    kwargs = "{width: 8, hidden_width: 16, queue_size: 20, warmup_steps: 2}"
+    method = ("--method", f"{{name: densecl, kwargs: {kwargs}}}", "--views.colour", "device")
+    return pretrain_arguments(people, run_dir, *method, *more)
+
+
 def write(run_dir: Path, config: dict, more: tuple[str, ...]) -> list[str]:
     file = run_dir.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
     return ["--config", str(file), "--run_dir", str(run_dir), *more]
 
 
-STAGES = {"finetune": (finetune, finetune_arguments), "pretrain": (pretrain, pretrain_arguments)}
+STAGES = {
+    "finetune": (finetune, finetune_arguments),
+    "pretrain": (pretrain, pretrain_arguments),
+    "contrast": (pretrain, contrast_arguments),
+}
 
 
 @pytest.fixture(params=list(STAGES))
@@ -177,6 +188,9 @@ def test_the_backbone_is_handed_on(people: Path, tmp_path: Path, capsys: pytest.
     resnet34 = ("--init_from", str(export), "--model.backbone", "{name: resnet34, kwargs: {}}")
     assert finetune(finetune_arguments(people, tmp_path / "other", *resnet34)) == 2
     assert "timm backbone, the config names resnet34" in capsys.readouterr().err
+    swapped = ("--init_from", str(export), "--model.input.color", "bgr")
+    assert finetune(finetune_arguments(people, tmp_path / "other", *swapped)) == 2
+    assert "expects pictures with input.color rgb, the config has bgr" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

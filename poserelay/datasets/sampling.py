@@ -22,7 +22,10 @@ Item = TypeVar("Item", covariant=True)
 Draws = Callable[[int], np.random.Generator]
 """View number -> fresh generator of that view's draws."""
 
-_ORDER_VIEW = 2**64 - 1
+ORDER_VIEW = 2**64 - 1
+"""The view number whose draws order an epoch."""
+DEVICE_VIEW = 2**64 - 3
+"""The view number whose draws are made on the device, by step and process instead of epoch and sample."""
 
 
 def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
@@ -34,10 +37,16 @@ def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=seed, counter=np.array([0, view, index, epoch], dtype=np.uint64)))
 
 
+def device_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """A fresh generator on `device` of what a process draws there in an optimiser step."""
+    key = draw_generator(seed, step, rank, DEVICE_VIEW).integers(2**63)
+    return torch.Generator(device).manual_seed(int(key))
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order in which an epoch visits the samples: a read-only permutation of 0..length-1."""
-    order = draw_generator(seed, epoch, 0, _ORDER_VIEW).permutation(length)
+    order = draw_generator(seed, epoch, 0, ORDER_VIEW).permutation(length)
     order.flags.writeable = False
     return order
 
@@ -156,15 +165,30 @@ def read_image(path: str | os.PathLike[str], orientation: Literal["ignore", "exi
     return decode_image(data, path, orientation)
 
 
+# The flags of OpenCV by the reduction of each side; a JPEG's pixels are then made at that scale from its coefficients.
+_REDUCED = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+
 def decode_image(
-    data: bytes, name: str | os.PathLike[str], orientation: Literal["ignore", "exif"] = "ignore"
+    data: bytes,
+    name: str | os.PathLike[str],
+    orientation: Literal["ignore", "exif"] = "ignore",
+    reduction: int = 1,
 ) -> np.ndarray:
-    """As `read_image`, from the bytes of the file `name`, which only errors use."""
+    """As `read_image`, from the bytes of the file `name`, which only errors use; of an animation, the first frame.
+
+    A `reduction` of 2, 4 or 8 returns `[ceil(H / reduction), ceil(W / reduction), 3]`; it saves time on a JPEG only.
+    """
     if not data:
         raise UnreadableImage(name, "the file is empty")
     if _is_truncated(data):
         raise UnreadableImage(name, "the file is truncated")
-    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "ignore" else 0)
+    flags = _REDUCED[reduction] | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "ignore" else 0)
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
     except cv2.error as error:
@@ -174,22 +198,57 @@ def decode_image(
     return image
 
 
+def reducible_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in pixels of an encoded JPEG turned upright, read from its header without decoding.
+
+    None for every other file, and for a JPEG whose reduced pixels would not be whole blocks of its full ones: turning
+    brings the blocks that its sides cut off to the top or left.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    size, turn = None, 1
+    for marker, payload in _jpeg_segments(data):
+        if marker == 0xE1 and payload.startswith(b"Exif\0\0"):
+            turn = _exif_orientation(payload[6:])
+        elif marker in (0xC0, 0xC1, 0xC2):  # the ways of coding that are decoded at a reduced scale
+            size = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
+        elif marker in (0xD9, 0xDA):
+            break
+    if not size or 0 in size or (turn > 1 and (size[0] % 8 or size[1] % 8)):
+        return None
+    return size if turn < 5 else size[::-1]
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """The orientation 1..8 in the first directory of an Exif block; 1 where there is none."""
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    entries = int.from_bytes(tiff[start : start + 2], order)
+    for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff)), 12):
+        if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
+            found = int.from_bytes(tiff[entry + 8 : entry + 10], order)
+            return found if 1 <= found <= 8 else 1
+    return 1
+
+
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each marker of a JPEG and the payload of its segment, without those inside a segment (a thumbnail's)."""
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):  # skips the entropy-coded data after a scan's header
+        start = match.end()
+        position = start + int.from_bytes(data[start : start + 2], "big")
+        yield data[start - 1], data[start + 2 : position]
 
 
 def _is_truncated(data: bytes) -> bool:
     """Whether a JPEG lacks its end: some versions of OpenCV fill what is missing with grey and only warn."""
     if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
         return False
-    # The end marker is not the last thing: it may be followed by other bytes, and an embedded thumbnail has one of its
-    # own, so walk the segments, skipping each by its length and the entropy-coded data after a scan's header.
-    position = 2
-    while match := _JPEG_MARKER.search(data, position):
-        if match.group() == b"\xff\xd9":
-            return False
-        start = match.end()
-        position = start + int.from_bytes(data[start : start + 2], "big")
-    return True
+    # The end marker is not the last thing: it may be followed by other bytes.
+    return all(marker != 0xD9 for marker, _ in _jpeg_segments(data))
 
 
 def worker_init(worker: int) -> None:
