@@ -58,7 +58,7 @@ def our_step(fabric: Any, config: PretrainConfig, views: Tensor) -> tuple[Callab
     method = METHODS[config.method.name](backbone, backbone.channels, **config.method.kwargs).to(fabric.device)
     network = wrap(fabric, method, config)
     optimizer = fabric.setup_optimizers(build_optimizer(method, config.optim, 0.01))
-    return lambda: training_step(fabric, network, method, optimizer, views, config, 0), method, network
+    return lambda: training_step(fabric, network, method, optimizer, views, config), method, network
 
 
 def bare_step(module: Any, inputs: tuple[Tensor, ...], autocast: Callable[[], Any]) -> Callable[[], object]:

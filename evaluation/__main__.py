@@ -9,7 +9,7 @@ from typing import Any
 
 from poserelay.command import run_commands
 
-from .config import PredictConfig, ReportConfig, ScoreConfig, TestConfig
+from .config import PredictConfig, ReportConfig, ScoreConfig, TestConfig, VisualizeConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "test": (TestConfig, of("test")),
         "score": (ScoreConfig, of("score")),
         "predict": (PredictConfig, of("predict")),
+        "visualize": (VisualizeConfig, of("visualize")),
         "report": (ReportConfig, of("report")),
     }
     return run_commands(argv, "evaluation", commands)

@@ -1,4 +1,4 @@
-"""Fields of `python -m evaluation score | test | predict`. Imports no torch."""
+"""Fields of the commands of `python -m evaluation`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -106,6 +106,39 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("runs is empty, expected at least one run directory")
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """Draw where linear classifiers look (Grad-CAM, MSCL's Fig. 3) or how pretraining losses fall (Fig. 4)."""
+
+    figure: Literal["gradcam", "losses"]
+    """gradcam: the heat of each checkpoint over pictures; losses: over epochs, in all and per level."""
+    out: str
+    """Folder for gradcam.png or losses.png."""
+    checkpoints: list[str] = field(default_factory=list)
+    """gradcam: hand-off files of `pretrain linear`, a column each."""
+    images: str | None = None
+    """gradcam: a picture, or a folder of pictures (looked through recursively)."""
+    count: int = 8
+    """gradcam: pictures of a folder, evenly spread over its sorted files."""
+    target: str | None = None
+    """gradcam: the class to explain; null: the one that a checkpoint takes the picture for."""
+    runs: list[str] = field(default_factory=list)
+    """losses: run directories, a line each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """gradcam: auto takes a GPU where there is one."""
+    threads: int = 0
+    """gradcam: CPU threads of torch; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        wanted = {"gradcam": ("checkpoints", "images"), "losses": ("runs",)}
+        for figure, names in wanted.items():
+            for name in names:
+                if bool(getattr(self, name)) != (figure == self.figure):
+                    problem = "is missing" if figure == self.figure else f"is of figure {figure}; leave it out"
+                    raise ValueError(f"figure {self.figure}: {name} {problem}")
+        check_ranges(self, {"count": (1, 64), "threads": (0, math.inf)})
 
 
 def _require_positive(name: str, value: float) -> None:

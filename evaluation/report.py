@@ -14,6 +14,7 @@ from poserelay.errors import UserError
 from poserelay.run import read_config, read_metrics, write_atomic, write_text
 
 from .config import ReportConfig
+from .curves import Curve, read_curve
 
 matplotlib.use("agg")
 
@@ -62,15 +63,13 @@ def format_table(rows: list[dict[str, str]]) -> str:
 
 def plot_losses(runs: list[Path]) -> Figure:
     """Training loss over steps, one panel per stage, one line per run."""
-    curves: dict[str, list[tuple[str, list[int], list[float]]]] = {}
-    for run in runs:
-        rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
-        stage = json.loads((run / "status.json").read_text(encoding="utf-8"))["stage"] if rows else "not started"
-        curves.setdefault(stage, []).append((run.name, [r["step"] for r in rows], [r["loss"] for r in rows]))
+    curves: dict[str, list[Curve]] = {}
+    for curve in map(read_curve, runs):
+        curves.setdefault(curve.stage, []).append(curve)
     figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
     for axes, (stage, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for name, steps, losses in lines:
-            axes.plot(steps, losses, label=name)
+        for curve in lines:
+            axes.plot(curve.steps, curve.losses["loss"], label=curve.name)
         axes.set(title=stage, xlabel="optimiser steps", ylabel="training loss")
         if stage == "finetune":
             axes.set_yscale("log")

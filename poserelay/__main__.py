@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .command import run_commands
-from .config import InspectConfig
+from .config import ExportConfig, ImportConfig, InspectConfig, PrepareConfig, SelectConfig
 from .synthesize import SynthesizeConfig
 from .synthesize import main as synthesize
 
@@ -19,7 +19,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(config)
 
-    commands = {"synthesize": (SynthesizeConfig, synthesize), "inspect": (InspectConfig, inspect)}
+    def prepare(config: PrepareConfig) -> None:
+        from .preparation import main as run
+
+        run(config)
+
+    def select(config: SelectConfig) -> None:
+        from .selection import main as run
+
+        run(config)
+
+    def import_weights(config: ImportConfig) -> None:
+        from .importers import main as run
+
+        run(config)
+
+    def export_weights(config: ExportConfig) -> None:
+        from .exporters import main as run
+
+        run(config)
+
+    commands = {
+        "synthesize": (SynthesizeConfig, synthesize),
+        "inspect": (InspectConfig, inspect),
+        "prepare": (PrepareConfig, prepare),
+        "select": (SelectConfig, select),
+        "import-weights": (ImportConfig, import_weights),
+        "export-weights": (ExportConfig, export_weights),
+    }
     return run_commands(argv, "poserelay", commands, partly=("inspect",))
 
 

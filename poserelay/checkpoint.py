@@ -163,9 +163,15 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
     strays = [name for name in state if not name.startswith(("backbone.", "head."))]
     if strays:
         raise UserError(f"{path}: unexpected {strays[0]}; a hand-off holds backbone.* and head.* only")
+    for name in ("color", "mean", "std"):
+        found, wanted = described["input"][name], getattr(config.input, name)
+        if list(found) != list(wanted):
+            raise UserError(
+                f"{path}: expects pictures with input.{name} {found}, the config has {wanted}; set --model.input.{name}"
+            )
     own = backbone.state_dict()
     kept = {name: value for name, value in parts["backbone"].items() if name in own or not UNUSED_FUSE_ROWS.match(name)}
-    if described["head"] is None:
+    if described["skeleton"] is None:  # a backbone alone, or with a classifier
         load_exactly(backbone, kept, path)
         return InitReport(described["stage"], head_copied=False, joints_initialised=())
     if config.head is None or described["head"]["name"] != config.head.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -135,12 +136,15 @@ class LabelsConfig:
     """Share of the images in 0..1; a smaller share is contained in every larger one of the same seed."""
     count: int | None = None
     """Number of images, instead of a share."""
+    file: str | None = None
+    """List of images that `poserelay select` wrote, instead of a share."""
     seed: int = 0
-    """Seed of the choice, apart from the run's own seed."""
+    """Seed of the choice by ratio or count, apart from the run's own seed."""
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and self.count is not None:
-            raise ValueError("labels: give ratio or count, not both")
+        given = [name for name in ("ratio", "count", "file") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"labels: give {' or '.join(given)}, not both")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"labels.ratio is {self.ratio}, expected a share above 0 and at most 1")
         if self.count is not None and self.count < 1:
@@ -155,3 +159,168 @@ class InspectConfig:
     """The `model:` block of any recipe; the rest of the file is not read."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Re-encode pictures at a small size and pack them into shards (webdataset tars) for pretraining."""
+
+    images: str
+    """Folder of pictures, read with its subfolders."""
+    out: str
+    """Folder for the shards and index.json; created, or continued where the same command was interrupted."""
+    annotations: str | None = None
+    """COCO JSON whose `images` list names the pictures inside the folder; null takes every picture in the folder."""
+    short_side: int = 256
+    """Pixels of the shorter side; smaller pictures keep their size."""
+    quality: int = 95
+    """Of the JPEGs, 1 to 100; upright RGB JPEGs that are small enough keep their bytes."""
+    pictures_per_shard: int = 1000
+    """Pictures of a shard, about 35 MB at the default size."""
+    max_unreadable: float = 0.01
+    """Share of the pictures that may be unreadable, and left out, before the command stops."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """What to do when the folder holds shards, finished or begun, of this very command."""
+    workers: int = os.cpu_count() or 1
+    """Threads; their number changes nothing in the shards."""
+
+    def __post_init__(self) -> None:
+        ranges = {"short_side": (16, 65500), "quality": (1, 100), "max_unreadable": (0, 1)}
+        check_ranges(self, {**ranges, "pictures_per_shard": (1, math.inf), "workers": (1, 1024)})
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Watch a backbone by a weighted kNN classifier on labelled pictures (Wu et al., Instance Discrimination, 2018)."""
+
+    images: str
+    """Folder with one subfolder of pictures per class (or shards of one): the bank that votes."""
+    queries: str | None = None
+    """Folder of other pictures of these classes, to be classified; null classifies each of `images` by the others."""
+    every: int = 10
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    neighbours: int = 200
+    """k, the pictures that vote."""
+    temperature: float = 0.07
+    """A neighbour of cosine similarity s votes with exp(s / temperature); lightly has 0.1, SimSiam's authors 0.2."""
+    chunk: int = 4096
+    """Vectors of the bank, and queries, compared at once: 16 chunk^2 bytes are used beside the vectors."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, dict.fromkeys(("every", "neighbours", "chunk"), (1, math.inf)), "knn.")
+        if not self.temperature > 0:
+            raise ValueError(f"knn.temperature is {self.temperature}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Pick the pictures to annotate: those that cover the embedding space of a backbone, near-duplicates left out."""
+
+    checkpoint: str
+    """Hand-off file (export/model.safetensors) of a backbone or a pose model."""
+    images: str
+    """Folder of pictures, read with its subfolders."""
+    count: int
+    """Pictures to pick."""
+    out: str
+    """JSON file for the list of them, which `labels.file` of a training stage takes."""
+    annotations: str | None = None
+    """COCO JSON whose `images` list names the pictures to pick from; null takes every picture in the folder."""
+    include: str | None = None
+    """Pictures that are labelled already and are to be complemented: an earlier list, or COCO annotations."""
+    method: Literal["kmeans", "kcentre"] = "kmeans"
+    """kmeans: the picture nearest to each of `count` cluster centres, typical ones, more where there are more; kcentre:
+    each the farthest from those before it, so that no picture is far from all, odd ones first."""
+    duplicate_similarity: float = 0.95
+    """Of two pictures that are more similar only the first by name can be picked: 1 is an identical picture, 0 the mean
+    of all pairs; re-encoded and resized copies are above 0.95. 1 keeps all."""
+    seed: int = 0
+    """Of the first centres of kmeans; kcentre draws nothing."""
+    batch_size: int = 64
+    """Pictures per forward pass."""
+    workers: int = 2
+    """Data processes; the choice does not depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        at_least = {"count": 1, "batch_size": 1, "workers": 0, "threads": 0}
+        ranges = {name: (low, math.inf) for name, low in at_least.items()}
+        check_ranges(self, {**ranges, "duplicate_similarity": (0, 1), "seed": (0, 2**63 - 1)})
+
+
+@dataclass(frozen=True)
+class ImportedInput:
+    """What a foreign network was trained to see; its file does not say."""
+
+    height: int | None = None
+    """Input pixels; null: 256 of a pose model, 224 of a backbone."""
+    width: int | None = None
+    """Input pixels; null: 192 of a pose model (256 with MPII's joints), 224 of a backbone."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, of intensities in 0..1, in the order of the colours."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, of intensities in 0..1, in the order of the colours."""
+    alignment: Literal["hrnet", "udp"] = "hrnet"
+    """How pixels of image, input and heatmap line up: udp for weights of mmpose's UDP configs."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_ranges(self, {name: (1, math.inf)}, "input.")
+        InputConfig(mean=self.mean, std=self.std)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turn other projects' weights into a hand-off file, without running their pickles."""
+
+    weights: str
+    """The .pth, .ckpt or .safetensors file."""
+    out: str
+    """The hand-off file to write, .safetensors."""
+    layout: Literal[
+        "auto",
+        "simsiam",
+        "moco",
+        "densecl",
+        "mmselfsup",
+        "mmpretrain",
+        "solo",
+        "lightly",
+        "torchvision",
+        "timm",
+        "pose_resnet",
+        "pose_hrnet",
+        "mmpose",
+    ] = "auto"
+    """Whose names the keys have; auto tells it by the keys. The last three give pose models, the others backbones."""
+    backbone: str = "auto"
+    """Our name of the network, or timm's; auto tells ResNets, ResNeXt-50, HRNets and the mobile ones by their keys."""
+    skeleton: str = "auto"
+    """Of a pose model, in the order of its heatmaps: packaged name or YAML file; auto: coco17 for 17, mpii16 for 16."""
+    color: Literal["auto", "rgb", "bgr"] = "auto"
+    """Channel order the weights expect; auto: bgr for pose_resnet, whose authors never converted, else rgb."""
+    input: ImportedInput = field(default_factory=ImportedInput)
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".safetensors"):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends in .safetensors")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a hand-off file's backbone as a plain state dict with torchvision's or timm's names."""
+
+    checkpoint: str
+    """The hand-off file of a stage."""
+    layout: Literal["torchvision", "timm"]
+    """Whose names the keys get."""
+    out: str
+    """File to write, .pth or .safetensors."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith((".pth", ".safetensors")):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends in .pth or .safetensors")

@@ -150,7 +150,7 @@ def load_model(path: str | Path) -> PoseModel:
     """
     state, described = read_export(path)
     try:
-        if described["head"] is None:
+        if described["skeleton"] is None:
             raise UserError(
                 f"{path}: holds a backbone (stage {described['stage']}), no pose model; "
                 "fine-tune it first: python -m finetune --init_from FILE"

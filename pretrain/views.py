@@ -2,13 +2,15 @@
 
 The operations, their order and their ranges are those of the official SimSiam and MoCo v2 code and of lightly's
 MoCoV2Transform: random resized crop, horizontal flip, colour jitter, grey, Gaussian blur. Normalisation is left to the
-device. All frames are pixels, x right and y down.
+device, and on request so are colour and blur (`device_views`). All frames are pixels, x right and y down.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -18,6 +20,8 @@ from torch.nn.functional import interpolate
 
 from poserelay.datasets.sampling import Draws
 
+Colour = Literal["fused", "exact", "device"]
+
 # ITU-R 601 luma, the weights of PIL's mode L, on which torchvision's jitter of PIL images rests.
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -25,6 +29,10 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 
 # the operations of the colour jitter, each with the factor that changes nothing
 JITTER = (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.0))
+
+GREY = (("saturation", 0.0),)
+
+_UNCHANGED = np.eye(3, 4)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class ViewDraw:
     grey: bool
     blur_sigma: float
     """Pixels of the view; 0 where the blur was not drawn."""
+    reduction: int = 1
+    """1, 2, 4 or 8: the crop still has the view's pixels, and its edges whole ones, in a picture so much smaller."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,9 @@ class TwoViews:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation, pixels of the view."""
     blur_probability: float = 0.5
+    colour: Colour = "fused"
+    """fused: affine operations on colours composed, clipped at the end; exact: clipped after each, as PIL does; device:
+    crop and flip alone, `DeviceColour` does the rest."""
 
     def __call__(self, image: np.ndarray, generator: Draws) -> Tensor:
         """Return both views, uint8 RGB `[2, 3, size, size]`.
@@ -73,10 +86,30 @@ class TwoViews:
             image: uint8 RGB `[H, W, 3]`.
             generator: gives the generator of view 0 or 1, so that a view's draws depend on nothing but its number.
         """
+        return self._render(image, self._draw(image.shape[0], image.shape[1], generator), 1)
+
+    def at_scale(self, size: tuple[int, int], decode: Callable[[int], np.ndarray], generator: Draws) -> Tensor:
+        """As calling with `decode(1)`, but decodes at the smallest scale that still has the pixels of both views.
+
+        Args:
+            size: (height, width) of the picture, pixels.
+            decode: reduction (1, 2, 4 or 8) -> the picture, uint8 RGB `[ceil(H / reduction), ceil(W / reduction), 3]`.
+            generator: as for calling.
+        """
+        draws = self._draw(*size, generator)
+        reduction = min(draw.reduction for draw in draws)
+        image = decode(reduction)
+        if image.shape[:2] != (-(-size[0] // reduction), -(-size[1] // reduction)):
+            return self(decode(1) if reduction > 1 else image, generator)  # the size came from a header that lies
+        return self._render(image, draws, reduction)
+
+    def _draw(self, height: int, width: int, generator: Draws) -> list[ViewDraw]:
+        return [draw_view(self, height, width, generator(number)) for number in range(2)]
+
+    def _render(self, image: np.ndarray, draws: Sequence[ViewDraw], reduction: int) -> Tensor:
         views = np.empty((2, 3, self.size, self.size), np.uint8)
-        for number, view in enumerate(views):
-            draw = draw_view(self, image.shape[0], image.shape[1], generator(number))
-            cv2.split(render_view(image, draw, self.size), list(view))
+        for draw, view in zip(draws, views, strict=True):
+            cv2.split(render_view(image, draw, self.size, self.colour, reduction), list(view))
         return torch.from_numpy(views)
 
 
@@ -85,22 +118,21 @@ def draw_view(views: TwoViews, height: int, width: int, generator: np.random.Gen
 
     Every operation is drawn whether it is applied or not, so another probability leaves the other draws as they were.
     """
-    flip, jitter, grey, blur = generator.random(4) < (
-        views.flip_probability,
-        views.jitter_probability,
-        views.grey_probability,
-        views.blur_probability,
-    )
+    flip, jitter, grey, blur, sigma, *rest = generator.random(5 + 2 * len(JITTER)).tolist()
     strengths = (views.brightness, views.contrast, views.saturation, views.hue)
-    shifts = generator.uniform(-1, 1, len(JITTER)) * strengths
-    order = [i for i in generator.permutation(len(JITTER)) if jitter and strengths[i] > 0]
-    sigma = generator.uniform(*views.blur_sigma)
+    shifts = [strength * (2 * draw - 1) for strength, draw in zip(strengths, rest, strict=False)]
+    places = rest[len(JITTER) :]
+    jittered = [i for i in range(len(JITTER)) if jitter < views.jitter_probability and strengths[i] > 0]
+    low, high = views.blur_sigma
+    crop = draw_crop(views.crop_area, height, width, generator)
+    reduction = next((r for r in (8, 4, 2) if min(crop[2:]) >= r * views.size), 1)
     return ViewDraw(
-        *draw_crop(views.crop_area, height, width, generator),
-        flip=bool(flip),
-        jitter=tuple((JITTER[i][0], JITTER[i][1] + shifts[i]) for i in order),
-        grey=bool(grey),
-        blur_sigma=sigma if blur else 0.0,
+        *snap_crop(crop, height, width, reduction),
+        flip=flip < views.flip_probability,
+        jitter=tuple((JITTER[i][0], JITTER[i][1] + shifts[i]) for i in sorted(jittered, key=places.__getitem__)),
+        grey=grey < views.grey_probability,
+        blur_sigma=low + (high - low) * sigma if blur < views.blur_probability else 0.0,
+        reduction=reduction,
     )
 
 
@@ -112,31 +144,41 @@ def draw_crop(
     Ten tries at an area and a log-uniform aspect that fit in the picture; then the largest central crop of an allowed
     aspect.
     """
-    log_aspect = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
+    (low, high), (narrow, wide) = area_range, CROP_ASPECT
     for _ in range(10):
-        area = height * width * generator.uniform(*area_range)
-        aspect = math.exp(generator.uniform(*log_aspect))
+        share, shape, down, right = generator.random(4).tolist()
+        area = height * width * (low + (high - low) * share)
+        aspect = narrow * (wide / narrow) ** shape
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(generator.integers(height - crop_height + 1))
-            left = int(generator.integers(width - crop_width + 1))
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
             return top, left, crop_height, crop_width
     crop_width = min(width, round(height * CROP_ASPECT[1]))
     crop_height = min(height, round(width / CROP_ASPECT[0]))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def render_view(image: np.ndarray, draw: ViewDraw, size: int) -> np.ndarray:
-    """Apply a draw to a uint8 RGB picture `[H, W, 3]`; returns the view, uint8 RGB `[size, size, 3]`."""
-    crop = image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
-    view = resize(crop, size)
+def snap_crop(crop: tuple[int, int, int, int], height: int, width: int, step: int) -> tuple[int, int, int, int]:
+    """Round the edges of (top, left, height, width) to multiples of `step` within a picture of `height` x `width`."""
+    top, left, crop_height, crop_width = (round(edge / step) for edge in crop)
+    crop_height, crop_width = min(crop_height, height // step), min(crop_width, width // step)
+    top, left = min(top, height // step - crop_height), min(left, width // step - crop_width)
+    return step * top, step * left, step * crop_height, step * crop_width
+
+
+def render_view(image: np.ndarray, draw: ViewDraw, size: int, colour: Colour, reduction: int = 1) -> np.ndarray:
+    """Apply a draw to a uint8 RGB picture `[H, W, 3]`; returns the view, uint8 RGB `[size, size, 3]`.
+
+    The picture may be a reduced one, by `reduction`, which divides that of the draw.
+    """
+    top, left = draw.top // reduction, draw.left // reduction
+    view = resize(image[top : top + draw.height // reduction, left : left + draw.width // reduction], size)
     if draw.flip:
         view = cv2.flip(view, 1)
-    view = jitter_colour(view, draw.jitter, draw.grey)
-    if draw.blur_sigma > 0:
-        kernel = blur_kernel(draw.blur_sigma)
-        view = cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-    return view
+    if colour == "device":
+        return view
+    view = jitter_colour(view, draw.jitter, draw.grey, fused=colour == "fused")
+    return blur(view, draw.blur_sigma) if draw.blur_sigma > 0 else view
 
 
 def resize(crop: np.ndarray, size: int) -> np.ndarray:
@@ -146,36 +188,63 @@ def resize(crop: np.ndarray, size: int) -> np.ndarray:
     """
     # torch's vectorised kernel wants channels last, and gives them back
     pixels = torch.from_numpy(np.ascontiguousarray(crop))[None].permute(0, 3, 1, 2)
+    if crop.shape[0] > size:  # rows first where that leaves fewer: the pass along columns is three times the faster
+        pixels = interpolate(pixels, size=(size, crop.shape[1]), mode="bilinear", antialias=True)
     resized = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def jitter_colour(view: np.ndarray, jitter: tuple[tuple[str, float], ...], grey: bool) -> np.ndarray:
+def jitter_colour(view: np.ndarray, jitter: tuple[tuple[str, float], ...], grey: bool, fused: bool) -> np.ndarray:
     """Apply the jitter's operations in their order, then grey, to uint8 RGB `[h, w, 3]`.
 
-    Each blends the picture with a reference as PIL's ImageEnhance does: black (brightness), its mean luma (contrast),
-    its luma (saturation, and grey at factor 0); hue turns the H of HSV. All round and clip to 0..255 on their own.
+    Colours are rounded and clipped to 0..255 after every operation, as PIL does; `fused` composes all that is affine to
+    one map, or two where the turn of the hue comes between, and rounds and clips after a map.
     """
-    for name, factor in jitter:
-        view = turn_hue(view, factor) if name == "hue" else cv2.transform(view, colour_matrix(name, factor, view))
-    return cv2.transform(view, colour_matrix("saturation", 0.0, view)) if grey else view
+    matrix = _UNCHANGED
+    for name, factor in (*jitter, *GREY[:grey]):
+        # the turn of the hue may come first where the channels have only been scaled and shifted alike: it takes a
+        # scaled and shifted colour to the turned colour scaled and shifted
+        waits = fused and (name != "hue" or matrix[0, 1] == 0)
+        if not waits and matrix is not _UNCHANGED:
+            view, matrix = cv2.transform(view, matrix), _UNCHANGED
+        if name == "hue":
+            view = turn_hue(view, factor)
+        else:
+            matrix = blend(matrix, name, factor, view)
+    return view if matrix is _UNCHANGED else cv2.transform(view, matrix)
 
 
-def colour_matrix(name: str, factor: float, view: np.ndarray) -> np.ndarray:
-    """Return the affine `[3, 4]` map of colours that is brightness, contrast or saturation by `factor`."""
-    matrix = factor * np.eye(3, 4)
+def blend(matrix: np.ndarray, name: str, factor: float, view: np.ndarray) -> np.ndarray:
+    """Follow the map `[3, 4]` of a view's colours (r, g, b, 1) by brightness, contrast or saturation.
+
+    As PIL's ImageEnhance does, each blends the picture with a reference: black (brightness), its mean luma (contrast),
+    its luma (saturation). The map takes the mean colour of the view to that of the picture, but for clipping.
+    """
     if name == "contrast":
-        matrix[:, 3] = (1 - factor) * (LUMA @ cv2.mean(view)[:3])
-    elif name == "saturation":
-        matrix[:, :3] += (1 - factor) * LUMA
-    return matrix
+        reference = np.array([0, 0, 0, LUMA @ matrix @ (*cv2.mean(view)[:3], 1.0)])
+    else:
+        reference = LUMA @ matrix if name == "saturation" else 0.0
+    return factor * matrix + (1 - factor) * reference
 
 
 def turn_hue(view: np.ndarray, turn: float) -> np.ndarray:
     """Turn the hue of uint8 RGB `[h, w, 3]` by a share of the full circle, in steps of 1/256."""
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(256 * turn) % 256)
+    row = np.zeros(hsv.shape[1:], np.uint8)  # whole rows are added faster than every third byte
+    row[:, 0] = round(256 * turn) % 256
+    hsv += row
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def blur(view: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur uint8 `[h, w, 3]` with `blur_kernel` in 8 bits, its border repeated."""
+    kernel = blur_kernel(sigma)
+    # Rounding the running sum keeps the weight of the tails; what they leave goes to the centre. Taps that round to
+    # nothing are cut: OpenCV's integer filter is the faster the shorter it is.
+    tail = np.diff(np.round(256 * np.cumsum(kernel[: len(kernel) // 2])), prepend=0.0)
+    tail = tail[tail.cumsum() > 0]
+    taps = np.concatenate([tail, [256 - 2 * tail.sum()], tail[::-1]]) / 256
+    return cv2.sepFilter2D(view, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
 
 
 def blur_kernel(sigma: float) -> np.ndarray:
@@ -190,6 +259,4 @@ def blur_kernel(sigma: float) -> np.ndarray:
     box = np.full(2 * half + 3, 1.0)
     box[[0, -1]] = end
     box /= box.sum()
-    kernel = np.convolve(np.convolve(box, box), box)
-    # exact symmetry is what lets OpenCV take its integer filter, three times as fast
-    return (kernel + kernel[::-1]) / 2
+    return np.convolve(np.convolve(box, box), box)

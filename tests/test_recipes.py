@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,17 @@ from poserelay.keypoints import load_skeleton
 from poserelay.losses import joints_mse
 from poserelay.model import build_backbone, build_model
 from pretrain.config import PretrainConfig
-from pretrain.mscl import MSCL, mscl_loss
-from pretrain.train import build_method
+from pretrain.linear_config import LinearConfig
+from pretrain.simsiam import SimSiam
+from pretrain.train import METHODS, build_method
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
-RECIPES = sorted(path for stage in CONFIGS for path in (ROOT / stage / "configs").rglob("*.yaml"))
+LINEAR_RECIPES = sorted((ROOT / "pretrain/configs/linear").glob("*.yaml"))
+ROWS = sorted((ROOT / "pretrain/configs/rows").glob("*.yaml"))
+RECIPES = sorted(
+    {path for stage in CONFIGS for path in (ROOT / stage / "configs").rglob("*.yaml")} - {*LINEAR_RECIPES, *ROWS}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +46,48 @@ def test_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = parse(CONFIGS[stage], ["--config", str(recipe)], stage)
     assert f"python -m {stage} --config {recipe.relative_to(ROOT)}" in recipe.read_text(encoding="utf-8")
     written = set(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    assert written >= {"model", "data", "run_dir", "optim"}
+    assert written >= {"model", "run_dir", "optim"}
     if isinstance(config, PretrainConfig):
-        with torch.device("meta"):
-            assert len(build_method(config).levels) == len(config.loss_weights)
+        assert ("data" in written) == (config.method.name != "none")
+        if config.method.name != "none":
+            build_on_meta(config)
     else:
         figures = inspect_model(config.model)
         assert figures["output"][0] == len(load_skeleton(config.model.skeleton).joints)
     assert poserelay(["inspect", "--config", str(recipe)]) == 0
     assert "MACs" in capsys.readouterr().out
+
+
+def build_on_meta(config: PretrainConfig) -> Any:
+    with torch.device("meta"):
+        method = build_method(config, build_backbone(config.model.backbone))
+    assert METHODS[config.method.name] is type(method)
+    return method
+
+
+@pytest.mark.parametrize("table", ROWS, ids=lambda path: path.stem)
+def test_rows_of_a_table(table: Path) -> None:
+    rows = yaml.safe_load(table.read_text(encoding="utf-8"))
+    built = {}
+    for name, row in rows.items():
+        assert set(row) == {"config", "set", "published"}
+        overrides = [text for key, value in row["set"].items() for text in (f"--{key}", str(value))]
+        config = parse(PretrainConfig, ["--config", row["config"], *overrides], "pretrain")
+        built[name] = build_on_meta(config)
+    if table.stem == "table4":
+        assert [":".join(f"{weight:g}" for weight in method.loss_weights) for method in built.values()] == list(rows)
+    else:
+        siamese = SimSiam(torch.nn.Identity(), [2048])
+        heads = [p.shape for name, p in built["1 ImageNet"].named_parameters() if "head" in name]
+        assert heads == [p.shape for p in siamese.parameters()]
+
+
+@pytest.mark.parametrize("recipe", LINEAR_RECIPES, ids=lambda path: path.stem)
+def test_linear_recipe(recipe: Path) -> None:
+    parse(LinearConfig, ["--config", str(recipe)], "pretrain linear")
+    text = recipe.read_text(encoding="utf-8")
+    assert f"python -m pretrain linear --config {recipe.relative_to(ROOT)}" in text
+    assert set(yaml.safe_load(text)) >= {"init_from", "data", "run_dir", "optim"}
 
 
 @pytest.mark.parametrize(
@@ -69,15 +108,3 @@ def test_one_step_of_a_pose_model(backbone: Named, head: Named) -> None:
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("backbone", [Named("resnet18", {"zero_init_residual": True}), Named("hrnet_w32")])
-def test_one_step_of_mscl(backbone: Named) -> None:
-    torch.manual_seed(0)
-    network = build_backbone(backbone)
-    model = MSCL(network, network.channels, width=16, prediction_width=8)
-    loss, per_level = mscl_loss(model(torch.randn(3, 3, 64, 64), torch.randn(3, 3, 64, 64)), (1, 2, 2, 5))
-    loss.backward()
-    assert loss.isfinite()
-    assert len(per_level) == 4
-    assert all(parameter.grad is not None for parameter in model.parameters())
