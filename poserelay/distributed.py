@@ -16,7 +16,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 from torch import nn
 
-from .errors import UserError
+from .errors import CheckFailed, UserError
 
 Result = TypeVar("Result")
 
@@ -93,16 +93,16 @@ def sync_batch_norm(module: nn.Module, fabric: Fabric) -> nn.Module:
 
 
 def on_rank_zero(fabric: Fabric, function: Callable[[], Result]) -> Result | None:
-    """`function()` on rank 0, None elsewhere; its UserError is raised on every rank, so that none waits."""
+    """`function()` on rank 0, None elsewhere; its UserError or CheckFailed is raised on every rank: none waits."""
     result, problem = None, None
     if fabric.is_global_zero:
         try:
             result = function()
-        except UserError as error:
-            problem = str(error)
+        except (UserError, CheckFailed) as error:
+            problem = UserError(str(error)) if isinstance(error, UserError) else error
     problem = fabric.broadcast(problem)
     if problem is not None:
-        raise UserError(problem)
+        raise problem
     return result
 
 

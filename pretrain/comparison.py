@@ -52,6 +52,12 @@ class Method(Protocol):
         ...
 
     @property
+    def judged_from(self) -> float:
+        """Share of the run, 0..1, before which outputs that are alike are no sign of a collapse: without a batch norm
+        at their end the heads' outputs of a random network are."""
+        ...
+
+    @property
     def sync_batch_norm(self) -> bool:
         """Whether BN's statistics are to be over all GPUs."""
         ...

@@ -66,6 +66,7 @@ class DenseCL(nn.Module):
     """
 
     terms = ("global", "dense")
+    judged_from = 0.05
     sync_batch_norm = False
 
     def __init__(

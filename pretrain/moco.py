@@ -71,6 +71,7 @@ class MoCo(nn.Module):
     """
 
     terms = ("conv5",)
+    judged_from = 0.05
     sync_batch_norm = False
 
     def __init__(

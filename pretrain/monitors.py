@@ -49,6 +49,7 @@ def collapse_warnings(
     min_rank: float = 3.0,
     near_minimum: float = 0.95,
     early: float = 0.2,
+    judged_from: float = 0.0,
 ) -> dict[str, str]:
     """Return a warning for each term that looks collapsed, by name, in their order.
 
@@ -63,16 +64,17 @@ def collapse_warnings(
         min_rank: below it they are called alike in all but a few directions, at any time.
         near_minimum: share of the loss's range; beyond it the term is called solved, if `progress` is below `early`.
         early: share of the run, 0..1.
+        judged_from: share of the run, 0..1, before which outputs that are alike mean nothing.
     """
     start, least = loss_range
     warnings = {}
     for term, spread_, loss, rank in zip(terms, spreads, losses, ranks or [float("inf")] * len(terms), strict=True):
-        if not spread_ >= min_spread:
+        if progress >= judged_from and not spread_ >= min_spread:
             warnings[term] = (
                 f"{term}: the outputs are nearly alike (std {spread_:.2f} of 1/sqrt(d), below {min_spread:g}): "
                 "it is collapsing; lower the learning rate"
             )
-        elif not rank >= min_rank:
+        elif progress >= judged_from and not rank >= min_rank:
             warnings[term] = (
                 f"{term}: the outputs differ in few directions (effective rank {rank:.1f}, below {min_rank:g}): it is "
                 "collapsing; lower the learning rate"

@@ -91,6 +91,7 @@ class MSCL(nn.Module):
     """
 
     loss_range = (0.0, -1.0)
+    judged_from = 0.0
     sync_batch_norm = True
 
     def __init__(

@@ -25,6 +25,7 @@ class SimSiam(nn.Module):
 
     terms = ("conv5",)
     loss_range = (0.0, -1.0)
+    judged_from = 0.0
     sync_batch_norm = True
 
     def __init__(

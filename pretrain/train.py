@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,11 @@ def train(
                 stop = stop or (collapsed if config.on_collapse == "stop" else None)
             if epoch_ends:
                 unreadable.count = 0
-                if journal and knn and (ends or (epoch + 1) % knn.config.every == 0):
-                    accuracy = knn.evaluate(method.backbone, config.model.input, workers=config.workers)
-                    journal.write("knn", state.step, epoch, accuracy)
+                if knn and (ends or (epoch + 1) % knn.config.every == 0):
+                    evaluate = partial(knn.evaluate, method.backbone, config.model.input, workers=config.workers)
+                    accuracy = on_rank_zero(fabric, evaluate)
+                    if journal and accuracy:
+                        journal.write("knn", state.step, epoch, accuracy)
             if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(method, plain_optimizer, fabric, None, state))
@@ -270,7 +273,13 @@ def watch(fabric: Fabric, method: Any, named: dict[str, float], state: State, to
     """Say on stderr which terms newly look collapsed; after COLLAPSED_ROWS such rows return the first's warning."""
     losses, spreads, ranks = ([named[f"{kind}_{term}"] for term in method.terms] for kind in ("loss", "spread", "rank"))
     warnings = collapse_warnings(
-        method.terms, spreads, losses, state.step / total, ranks=ranks, loss_range=method.loss_range
+        method.terms,
+        spreads,
+        losses,
+        state.step / total,
+        ranks=ranks,
+        loss_range=method.loss_range,
+        judged_from=method.judged_from,
     )
     if warnings and not state.collapsed:
         fabric.print("\n".join(f"warning: step {state.step}: {text}" for text in warnings.values()), file=sys.stderr)

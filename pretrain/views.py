@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,11 +33,25 @@ JITTER = (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0
 
 GREY = (("saturation", 0.0),)
 
-_UNCHANGED = np.eye(3, 4)
+
+_DIAGONAL = np.arange(3)
 
 
-@dataclass(frozen=True)
-class ViewDraw:
+class ColourMap(NamedTuple):
+    """An affine map of colours: scale x colour + luma x the colour's luma + shift, alike in all channels.
+
+    Brightness, contrast, saturation and grey are such maps, and so is what they compose to.
+    """
+
+    scale: float
+    luma: float
+    shift: float
+
+
+UNCHANGED = ColourMap(1.0, 0.0, 0.0)
+
+
+class ViewDraw(NamedTuple):
     """What one view does to its picture: the crop in pixels of the picture, then the operations in order."""
 
     top: int
@@ -200,31 +215,44 @@ def jitter_colour(view: np.ndarray, jitter: tuple[tuple[str, float], ...], grey:
     Colours are rounded and clipped to 0..255 after every operation, as PIL does; `fused` composes all that is affine to
     one map, or two where the turn of the hue comes between, and rounds and clips after a map.
     """
-    matrix = _UNCHANGED
+    colours = UNCHANGED
     for name, factor in (*jitter, *GREY[:grey]):
-        # the turn of the hue may come first where the channels have only been scaled and shifted alike: it takes a
-        # scaled and shifted colour to the turned colour scaled and shifted
-        waits = fused and (name != "hue" or matrix[0, 1] == 0)
-        if not waits and matrix is not _UNCHANGED:
-            view, matrix = cv2.transform(view, matrix), _UNCHANGED
+        # The turn of the hue may come first where colours have only been scaled and shifted: it takes such a colour to
+        # the turned colour scaled and shifted.
+        waits = fused and (name != "hue" or colours.luma == 0)
+        if not waits:
+            view, colours = map_colours(view, colours), UNCHANGED
         if name == "hue":
             view = turn_hue(view, factor)
         else:
-            matrix = blend(matrix, name, factor, view)
-    return view if matrix is _UNCHANGED else cv2.transform(view, matrix)
+            mean = float(LUMA @ cv2.mean(view)[:3]) if name == "contrast" else 0.0
+            colours = blend(colours, name, factor, mean)
+    return map_colours(view, colours)
 
 
-def blend(matrix: np.ndarray, name: str, factor: float, view: np.ndarray) -> np.ndarray:
-    """Follow the map `[3, 4]` of a view's colours (r, g, b, 1) by brightness, contrast or saturation.
+def blend(colours: ColourMap, name: str, factor: float, mean: float) -> ColourMap:
+    """Follow a map by brightness, contrast or saturation; `mean` is the mean luma of the picture before the map.
 
     As PIL's ImageEnhance does, each blends the picture with a reference: black (brightness), its mean luma (contrast),
-    its luma (saturation). The map takes the mean colour of the view to that of the picture, but for clipping.
+    its luma (saturation, and grey at factor 0).
     """
+    scale, luma, shift = (factor * number for number in colours)
     if name == "contrast":
-        reference = np.array([0, 0, 0, LUMA @ matrix @ (*cv2.mean(view)[:3], 1.0)])
-    else:
-        reference = LUMA @ matrix if name == "saturation" else 0.0
-    return factor * matrix + (1 - factor) * reference
+        shift += (1 - factor) * ((colours.scale + colours.luma) * mean + colours.shift)
+    elif name == "saturation":
+        luma += (1 - factor) * (colours.scale + colours.luma)
+        shift = colours.shift
+    return ColourMap(scale, luma, shift)
+
+
+def map_colours(view: np.ndarray, colours: ColourMap) -> np.ndarray:
+    """Apply a map to uint8 RGB `[h, w, 3]`, rounded and clipped."""
+    if colours is UNCHANGED:
+        return view
+    matrix = np.full((3, 4), colours.shift)
+    matrix[:, :3] = colours.luma * LUMA
+    matrix[_DIAGONAL, _DIAGONAL] += colours.scale
+    return cv2.transform(view, matrix)
 
 
 def turn_hue(view: np.ndarray, turn: float) -> np.ndarray:
@@ -237,14 +265,19 @@ def turn_hue(view: np.ndarray, turn: float) -> np.ndarray:
 
 
 def blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur uint8 `[h, w, 3]` with `blur_kernel` in 8 bits, its border repeated."""
-    kernel = blur_kernel(sigma)
-    # Rounding the running sum keeps the weight of the tails; what they leave goes to the centre. Taps that round to
-    # nothing are cut: OpenCV's integer filter is the faster the shorter it is.
+    """Blur uint8 `[h, w, 3]` with `blur_kernel` in 8 bits, its border repeated; sigma in steps of 0.01 pixels."""
+    taps = _taps(round(100 * sigma))
+    return cv2.sepFilter2D(view, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
+
+
+@cache
+def _taps(hundredths: int) -> np.ndarray:
+    """`blur_kernel` in whole 256ths, which OpenCV's integer filter takes, without the taps that round to nothing."""
+    kernel = blur_kernel(hundredths / 100)
+    # rounding the running sum keeps the weight of the tails; what they leave goes to the centre
     tail = np.diff(np.round(256 * np.cumsum(kernel[: len(kernel) // 2])), prepend=0.0)
     tail = tail[tail.cumsum() > 0]
-    taps = np.concatenate([tail, [256 - 2 * tail.sum()], tail[::-1]]) / 256
-    return cv2.sepFilter2D(view, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
+    return np.concatenate([tail, [256 - 2 * tail.sum()], tail[::-1]]) / 256
 
 
 def blur_kernel(sigma: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views"])
+@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views", "shards", "neighbours", "pretrain_step"])
 def test_benchmark(
     name: str, people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -22,6 +22,20 @@ def test_benchmark(
         "nms": ["--images", "2"],
         "loader": ["--annotations", str(people / "annotations.json"), *images],
         "views": [*images, "--count", "4", "--rounds", "1"],
+        "shards": [*images, "--rounds", "1"],
+        "neighbours": ["--bank", "300", "--queries", "20", "--classes", "3", "--neighbours", "10", "--repeats", "1"],
+        "pretrain_step": [
+            "--method",
+            "simsiam",
+            "--backbone",
+            "resnet18",
+            "--size",
+            "32",
+            "--batch",
+            "2",
+            "--rounds",
+            "1",
+        ],
     }
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments[name], "--json"])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")

@@ -66,6 +66,12 @@ def test_effective_rank_is_the_participation_ratio(batch: int, dimensions: int, 
     assert effective_rank(outputs).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_a_contrastive_head_may_begin_with_outputs_all_alike():
+    assert collapse_warnings(["conv5"], [0.1], [5.0], 0.01, ranks=[1.5], judged_from=0.05) == {}
+    assert len(collapse_warnings(["conv5"], [0.1], [5.0], 0.06, ranks=[9.0], judged_from=0.05)) == 1
+    assert len(collapse_warnings(["conv5"], [0.9], [5.0], 0.06, ranks=[1.5], judged_from=0.05)) == 1
+
+
 def test_outputs_on_a_line_are_named_although_batch_norm_spreads_them():
     direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
     outputs = torch.linspace(-1, 1, 50)[:, None] * direction

@@ -14,6 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from poserelay.__main__ import main as poserelay
 from poserelay.checkpoint import read_export
 from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.model import build_backbone
@@ -24,7 +25,7 @@ from pretrain.config import DataConfig, OptimConfig, PretrainConfig
 from pretrain.train import METHODS, build_optimizer, training_step
 
 from .processes import finish, ranks, start
-from .test_training import SMALL, pretrain_arguments
+from .test_training import SMALL, assert_same_run, pretrain_arguments
 
 FAMILIES = [
     Named("resnet18", {"zero_init_residual": True}),
@@ -70,6 +71,7 @@ class LinearMethod(nn.Module):
 
     terms = ("only",)
     loss_range = (0.0, -1.0)
+    judged_from = 0.0
     sync_batch_norm = True
 
     def __init__(self) -> None:
@@ -164,6 +166,32 @@ def test_a_batch_with_a_loss_that_is_no_number_names_its_pictures(
     message = capsys.readouterr().err
     assert "the loss is not a number at step" in message
     assert sum(path.name in message for path in (people / "images").iterdir()) == 6
+
+
+def test_neighbours_are_watched_and_change_nothing(people: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted((people / "images").iterdir())):
+        folder = tmp_path / "classes" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    knn = ("--knn", json.dumps({"images": str(tmp_path / "classes"), "every": 2, "neighbours": 5}))
+    assert pretrain(pretrain_arguments(people, tmp_path / "plain", "--optim.epochs", "3")) == 0
+    assert pretrain(pretrain_arguments(people, tmp_path / "watched", "--optim.epochs", "3", *knn)) == 0
+    assert_same_run(tmp_path / "plain", tmp_path / "watched")
+    rows = [row for row in read_metrics(tmp_path / "watched/metrics.jsonl") if row["kind"] == "knn"]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all(0 <= row["top1"] <= 1 and row["bank"] == 24 for row in rows)
+    lonely = ("--knn", json.dumps({"images": str(tmp_path / "classes" / "class0"), "neighbours": 5}))
+    assert pretrain(pretrain_arguments(people, tmp_path / "one", *lonely)) == 2
+    assert not (tmp_path / "one").exists()
+
+
+def test_shards_give_the_same_kind_of_run(people: Path, tmp_path: Path) -> None:
+    prepare = ["prepare", "--images", str(people / "images"), "--out", str(tmp_path / "shards"), "--short_side", "48"]
+    assert poserelay([*prepare, "--pictures_per_shard", "10"]) == 0
+    arguments = pretrain_arguments(people, tmp_path / "run", "--data.images", str(tmp_path / "shards"))
+    assert pretrain(arguments) == 0
+    assert pretrain(pretrain_arguments(people, tmp_path / "two", *arguments[4:], "--workers", "2")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "two")
 
 
 def test_further_folders_are_visited_too(people: Path, tmp_path: Path) -> None:

@@ -206,17 +206,18 @@ def reducible_size(data: bytes) -> tuple[int, int] | None:
     """
     if not data.startswith(b"\xff\xd8"):
         return None
-    size, turn = None, 1
+    turn = 1
     for marker, payload in _jpeg_segments(data):
         if marker == 0xE1 and payload.startswith(b"Exif\0\0"):
             turn = _exif_orientation(payload[6:])
         elif marker in (0xC0, 0xC1, 0xC2):  # the ways of coding that are decoded at a reduced scale
-            size = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
-        elif marker in (0xD9, 0xDA):
-            break
-    if not size or 0 in size or (turn > 1 and (size[0] % 8 or size[1] % 8)):
-        return None
-    return size if turn < 5 else size[::-1]
+            height, width = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
+            if height == 0 or width == 0 or (turn > 1 and (height % 8 or width % 8)):
+                return None
+            return (height, width) if turn < 5 else (width, height)
+        elif marker == 0xDA:
+            return None
+    return None
 
 
 def _exif_orientation(tiff: bytes) -> int:
