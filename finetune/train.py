@@ -28,14 +28,14 @@ from poserelay.datasets.coco import read_coco, read_detections
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
-from poserelay.errors import CheckFailed, Interrupted, UserError
+from poserelay.errors import Interrupted, UserError
 from poserelay.heatmaps import encode, input_to_heatmap, target_weight
 from poserelay.inference import predict_dataset, protocol
 from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
-from poserelay.run import Run, file_sha256, is_finished, open_run
+from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.schedules import drops
 from poserelay.scoring import coco_ap, order_of_file
 from poserelay.subsets import choose_images
@@ -84,15 +84,8 @@ def main(config: FinetuneConfig) -> None:
                 file=sys.stderr,
             )
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
-    try:
+    with running(run):
         train(fabric, model, data, config, run, upstream)
-    except (CheckFailed, Interrupted, UserError) as reason:
-        if run:
-            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
-        raise
-    finally:
-        if run:
-            run.close()
 
 
 def load_data(config: FinetuneConfig) -> Data:

@@ -14,14 +14,14 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import yaml
 
-from .errors import UserError
+from .errors import CheckFailed, Interrupted, UserError
 
 # Fields that change neither the result nor the identity of a run.
 UNCOMPARED = ("run_dir", "resume", "workers", "device", "log_every", "save_every", "knn")
@@ -200,6 +200,20 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
     run = Run(path, stage, config, lock, max(attempts, default=0) + 1)
     run.log("start", 0, host=socket.gethostname(), versions=_versions())
     return run
+
+
+@contextlib.contextmanager
+def running(run: Run | None) -> Iterator[None]:
+    """While a run works: what ends it early is noted in its status, and its lock is released. None: not rank 0."""
+    try:
+        yield
+    except (CheckFailed, Interrupted, UserError) as reason:
+        if run:
+            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
+        raise
+    finally:
+        if run:
+            run.close()
 
 
 def is_finished(path: Path, config: Mapping[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Colour and blur of MoCo v2's views on the device, batched, every view with draws of its own.
 
-What `TwoViews` with colour "device" leaves out: jitter in the drawn order, grey, Gaussian blur. Colours are 0..255 floats
-until the end. The affine operations before the turn of the hue make one map, those after it another; colours are clipped
-after each map, not after each operation. The turn itself is exact.
+What `TwoViews` with colour "device" leaves out: jitter in the drawn order, grey, Gaussian blur. As with colour "fused",
+affine operations are composed to one map before and one after the turn of the hue and clipped after a map; the turn is
+exact, and nothing is rounded before the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from .views import JITTER, LUMA, TwoViews
+
+CONTRAST, SATURATION, HUE = (
+    [name for name, _ in JITTER].index(operation) for operation in ("contrast", "saturation", "hue")
+)
 
 
 class ColourDraws(NamedTuple):
@@ -30,6 +34,14 @@ class ColourDraws(NamedTuple):
     """float32 `[N]`, pixels of the view; 0 where the blur was not drawn."""
 
 
+class ColourMaps(NamedTuple):
+    """N affine maps of colours, each number `[N]`, as `pretrain.views.ColourMap`."""
+
+    scale: Tensor
+    luma: Tensor
+    shift: Tensor
+
+
 @dataclass(frozen=True)
 class DeviceColour:
     """Applies the colour operations and the blur of `views` to the crops that it makes with colour "device"."""
@@ -37,7 +49,7 @@ class DeviceColour:
     views: TwoViews
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the views, uint8 `[V, B, 3, S, S]` on the device of `images`.
+        """Return the views, uint8 RGB `[V, B, 3, S, S]` on the device of `images`.
 
         Args:
             images: uint8 RGB `[V, B, 3, S, S]`.
@@ -56,8 +68,8 @@ def draw_colours(views: TwoViews, count: int, generator: torch.Generator) -> Col
     low, high = views.blur_sigma
     sigma = low + (high - low) * torch.rand(count, generator=generator, device=device)
     strengths = torch.tensor((views.brightness, views.contrast, views.saturation, views.hue), device=device)
-    jitter = chances[0] < views.jitter_probability
     neutral = torch.tensor([factor for _, factor in JITTER], device=device)
+    jitter = chances[0] < views.jitter_probability
     return ColourDraws(
         order,
         neutral + strengths * shifts * jitter[:, None],
@@ -71,72 +83,78 @@ def apply_colours(images: Tensor, draws: ColourDraws) -> Tensor:
     blurred = draws.blur_sigma.nonzero()[:, 0]
     kernels = blur_kernels(draws.blur_sigma[blurred])
     order, factors, grey, _ = (draw.to(images.device, non_blocking=True) for draw in draws)
-    hue = JITTER.index(("hue", 0.0))
-    turn_place = (order == hue).int().argmax(1, keepdim=True)
+    turn_place = (order == HUE).int().argmax(1, keepdim=True)
     places = torch.arange(len(JITTER), device=images.device)
 
     colours = images.flatten(2).float()
-    first = _affine(colours, order, factors, places < turn_place)
-    colours = turn_hue(_map(first, colours), factors[:, hue])
-    last = _affine(colours, order, factors, places > turn_place)
-    last = torch.where(grey[:, None, None], _luma(last), last)
-    views = _map(last, colours).view(images.shape)
+    unchanged = ColourMaps(torch.ones_like(factors[:, 0]), *torch.zeros_like(factors[:, :2]).unbind(1))
+    before = compose(unchanged, colours, order, factors, places < turn_place)
+    waits = before.luma == 0  # as in jitter_colour, the turn may then come first
+    colours = map_colours(select(waits, unchanged, before), colours)
+    colours = turn_hue(colours, factors[:, HUE])
+    after = compose(select(waits, before, unchanged), colours, order, factors, places > turn_place)
+    greyed = ColourMaps(torch.zeros_like(after.scale), after.scale + after.luma, after.shift)
+    views = map_colours(select(grey, greyed, after), colours).view(images.shape)
     if len(blurred):
         blurred = blurred.to(images.device, non_blocking=True)
         views[blurred] = blur(views[blurred], kernels.to(images.device, non_blocking=True))
     return views.round_().byte()
 
 
-def _map(maps: Tensor, colours: Tensor) -> Tensor:
-    """Apply affine maps `[N, 3, 4]` to colours `[N, 3, pixels]` and clip them."""
-    return torch.baddbmm(maps[..., 3:], maps[..., :3], colours).clamp_(0, 255)
+def compose(maps: ColourMaps, colours: Tensor, order: Tensor, factors: Tensor, applied: Tensor) -> ColourMaps:
+    """Follow N maps of colours `[N, 3, pixels]` by brightness, contrast, saturation where `applied` `[N, 4]`.
 
-
-def _affine(colours: Tensor, order: Tensor, factors: Tensor, applied: Tensor) -> Tensor:
-    """Compose brightness, contrast and saturation where `applied` `[N, 4]`, in their order, into maps `[N, 3, 4]`.
-
-    Each blends with its reference as in `pretrain.views.blend`; `colours` is `[N, 3, pixels]`.
+    As `pretrain.views.blend`, for the operation at each place of `order` in turn.
     """
-    mean = torch.cat([colours.mean(2), torch.ones_like(colours[:, 0, :1])], dim=1)[..., None]
-    maps = torch.eye(3, 4, device=colours.device).repeat(len(colours), 1, 1)
-    last_column = torch.tensor([0.0, 0.0, 0.0, 1.0], device=colours.device)
+    mean = colours.mean(2) @ torch.tensor(LUMA, dtype=colours.dtype, device=colours.device)
     for place in range(order.shape[1]):
-        operation = order[:, place, None, None]
-        factor = factors.gather(1, order[:, place, None])[..., None]
-        luma = _luma(maps)
-        contrast = (luma @ mean) * last_column
-        reference = torch.where(operation == 1, contrast, torch.where(operation == 2, luma, 0.0))
-        maps = torch.where(applied[:, place, None, None], factor * maps + (1 - factor) * reference, maps)
+        operation = order[:, place]
+        factor = factors.gather(1, operation[:, None])[:, 0]
+        grey = maps.scale + maps.luma  # what the map does to a colour without saturation
+        contrast, saturation = operation == CONTRAST, operation == SATURATION
+        blended = ColourMaps(
+            factor * maps.scale,
+            factor * maps.luma + (1 - factor) * grey * saturation,
+            factor * maps.shift + (1 - factor) * ((grey * mean + maps.shift) * contrast + maps.shift * saturation),
+        )
+        maps = select(applied[:, place], blended, maps)
     return maps
 
 
-def _luma(maps: Tensor) -> Tensor:
-    """The luma `[N, 1, 4]` of what maps `[N, 3, 4]` give."""
-    return torch.tensor(LUMA, dtype=maps.dtype, device=maps.device) @ maps[:, None]
+def select(condition: Tensor, yes: ColourMaps, no: ColourMaps) -> ColourMaps:
+    """The maps of `yes` where `condition` `[N]`, else of `no`."""
+    return ColourMaps(*(torch.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
+
+
+def map_colours(maps: ColourMaps, colours: Tensor) -> Tensor:
+    """Apply N maps to colours `[N, 3, pixels]` and clip them to 0..255."""
+    eye = torch.eye(3, device=colours.device)
+    luma = torch.tensor(LUMA, dtype=colours.dtype, device=colours.device).expand(3, 3)
+    matrices = maps.scale[:, None, None] * eye + maps.luma[:, None, None] * luma
+    return torch.baddbmm(maps.shift[:, None, None], matrices, colours).clamp_(0, 255)
 
 
 def turn_hue(colours: Tensor, turns: Tensor) -> Tensor:
     """Turn the H of HSV of colours `[N, 3, ...]`, of any scale from 0 up, by `turns` `[N]` of the full circle."""
-    value, low = colours.amax(1), colours.amin(1)
     red, green, blue = colours.unbind(1)
+    value, low = colours.amax(1), colours.amin(1)
     chroma = value - low
-    safe = chroma.clamp(min=torch.finfo(colours.dtype).tiny)
-    # in sixths of the circle from red
-    hue = torch.where(
+    divisor = chroma.clamp(min=torch.finfo(colours.dtype).tiny)
+    hue = torch.where(  # in sixths of the circle, from red
         value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = hue + 6 * turns.view(-1, *[1] * (hue.dim() - 1))
-    channels = []
-    for offset in (5, 3, 1):
+    hue += 6 * turns.view(-1, *[1] * (hue.dim() - 1))
+    turned = torch.empty_like(colours)
+    for channel, offset in enumerate((5, 3, 1)):
         place = torch.remainder(hue + offset, 6)
-        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+        turned[:, channel] = value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1)
+    return turned
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter float images `[N, C, h, w]`, each along both sides with its own kernel of `[N, K]`, the border repeated."""
+    """Filter float images `[N, C, h, w]` along both sides, each with its own kernel of `[N, K]`, the border repeated."""
     count, channels = images.shape[:2]
     radius = kernels.shape[1] // 2
     weights = kernels.repeat_interleave(channels, 0)[:, None, None]

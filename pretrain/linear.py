@@ -33,10 +33,10 @@ from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_
 from poserelay.datasets.unlabelled import collate_views
 from poserelay.distributed import StopSignals, on_rank_zero, start
 from poserelay.embeddings import load_backbone
-from poserelay.errors import CheckFailed, Interrupted, UnreadableImage, UserError
+from poserelay.errors import Interrupted, UnreadableImage, UserError
 from poserelay.model import normalise
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
-from poserelay.run import Run, is_finished, open_run
+from poserelay.run import Run, is_finished, open_run, running
 from poserelay.schedules import cosine
 
 from .class_folders import ClassFolders, each_once, load_class_folders
@@ -99,15 +99,8 @@ def main(config: LinearConfig) -> None:
     features, upstream = Features(config.init_from, config.size), upstream_of(config.init_from)
     fabric = start(config.device, config.precision, config.threads)
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain linear", plain, config.resume))
-    try:
+    with running(run):
         train(fabric, features, data, config, run, upstream)
-    except (CheckFailed, Interrupted, UserError) as reason:
-        if run:
-            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
-        raise
-    finally:
-        if run:
-            run.close()
 
 
 def train(

@@ -32,7 +32,7 @@ from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_n
 from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.model import build_backbone, check_kwargs, normalise
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
-from poserelay.run import Run, is_finished, open_run
+from poserelay.run import Run, is_finished, open_run, running
 from poserelay.schedules import cosine
 
 from .comparison import Comparison, Method
@@ -77,19 +77,12 @@ def main(config: PretrainConfig) -> None:
     backbone = build_backbone(config.model.backbone)
     method = build_method(config, backbone) if images else None
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain", plain, config.resume))
-    try:
+    with running(run):
         if images and method:
             train(fabric, method, images, knn, config, run)
         if run:
             export(run, backbone, config)
         fabric.barrier()
-    except (CheckFailed, Interrupted, UserError) as reason:
-        if run:
-            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
-        raise
-    finally:
-        if run:
-            run.close()
 
 
 def load_data(config: PretrainConfig) -> UnlabelledImages:

@@ -17,7 +17,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 from finetune.__main__ import main as finetune
 from poserelay.checkpoint import describe, read_export, upstream_of, write_export
-from poserelay.config import Named
+from poserelay.command import to_plain
+from poserelay.config import InputConfig, Named
 from poserelay.datasets.centre import centre_crop
 from poserelay.datasets.sampling import draw_generator, epoch_order
 from poserelay.datasets.unlabelled import FilePictures
@@ -65,7 +66,7 @@ def write_backbone(path: Path, seed: int = 0) -> Path:
         for name, value in backbone.named_buffers():  # other than the initial ones, so that a change would show
             if "running_mean" in name:
                 value.normal_(0, 0.1)
-    model = {"backbone": SMALL, "input": {"height": 64, "width": 64, "mean": MEAN.tolist(), "std": STD.tolist()}}
+    model = {"backbone": SMALL, "input": to_plain(InputConfig(height=64, width=64))}
     described = describe(
         stage="pretrain", method="mscl", model=model, skeleton=None, config={}, upstream=None, metrics={}
     )

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import math
 import os
+import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,21 +18,17 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from poserelay.datasets.sampling import draw_generator
+from poserelay.datasets.sampling import decode_image, draw_generator, reducible_size
 from pretrain.views import (
-    LUMA,
     Colour,
     TwoViews,
     ViewDraw,
-    blur,
     blur_kernel,
     draw_crop,
     draw_view,
-    fused_matrix,
     jitter_colour,
     render_view,
     snap_crop,
-    turn_hue,
 )
 
 DRAWS = 3000
@@ -133,8 +131,9 @@ def test_another_probability_leaves_the_other_draws():
 def test_colour_operations_are_torchvisions_within_rounding(name: str, factor: float, seed: int):
     image = picture(seed=seed)
     reference = np.asarray(getattr(tv, f"adjust_{name}")(Image.fromarray(image), factor)).astype(int)
-    difference = jitter_colour(image, ((name, factor),), grey=False).astype(int) - reference
-    assert np.abs(difference).max() <= 2  # PIL truncates where we round, and rounds the mean luma first
+    for fused in (False, True):
+        difference = jitter_colour(image, ((name, factor),), grey=False, fused=fused).astype(int) - reference
+        assert np.abs(difference).max() <= 2  # PIL truncates where we round, and rounds the mean luma first
 
 
 @given(turn=st.floats(-0.5, 0.5), seed=st.integers(0, 1000))
@@ -142,7 +141,7 @@ def test_colour_operations_are_torchvisions_within_rounding(name: str, factor: f
 def test_hue_is_turned_exactly_within_8_bits(turn: float, seed: int):
     image = picture(seed=seed)
     exact = tv.adjust_hue(torch.from_numpy(image).permute(2, 0, 1).double() / 255, turn).permute(1, 2, 0).numpy() * 255
-    error = np.abs(jitter_colour(image, (("hue", turn),), grey=False) - exact)
+    error = np.abs(jitter_colour(image, (("hue", turn),), grey=False, fused=True) - exact)
     assert error.mean() < 1
     assert error.max() <= 14
 
@@ -153,16 +152,44 @@ def test_hue_is_nearer_the_exact_turn_than_pils():
         image = picture(seed=seed)
         pixels = torch.from_numpy(image).permute(2, 0, 1).double() / 255
         exact = tv.adjust_hue(pixels, turn).permute(1, 2, 0).numpy() * 255
-        ours.append(np.abs(jitter_colour(image, (("hue", turn),), grey=False) - exact).mean())
+        ours.append(np.abs(jitter_colour(image, (("hue", turn),), grey=False, fused=True) - exact).mean())
         pils.append(np.abs(np.asarray(tv.adjust_hue(Image.fromarray(image), turn)) - exact).mean())
     assert np.mean(ours) < np.mean(pils)
 
 
 def test_grey_is_pils_luma():
     image = picture()
-    grey = jitter_colour(image, (), grey=True)
+    grey = jitter_colour(image, (), grey=True, fused=True)
     reference = np.asarray(Image.fromarray(image).convert("L"))[..., None].astype(int)
     assert np.abs(grey - reference).max() <= 1
+
+
+@given(
+    order=st.permutations(["brightness", "contrast", "saturation", "hue"]),
+    factors=st.lists(st.floats(0.8, 1.2), min_size=3, max_size=3),
+    turn=st.floats(-0.1, 0.1),
+    grey=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_fused_colours_are_the_exact_ones_where_nothing_is_clipped(
+    order: list[str], factors: list[float], turn: float, grey: bool, seed: int
+):
+    image = (90 + picture(seed=seed) / 255 * 60).astype(np.uint8)
+    drawn = dict(zip(["brightness", "contrast", "saturation"], factors, strict=True)) | {"hue": turn}
+    jitter = tuple((name, drawn[name]) for name in order)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).double() / 255
+    for name, factor in jitter:
+        pixels = getattr(tv, f"adjust_{name}")(pixels, factor)
+    if grey:
+        pixels = (torch.tensor([0.299, 0.587, 0.114], dtype=pixels.dtype) @ pixels.flatten(1)).view(1, *image.shape[:2])
+    assert 0 < pixels.min() < pixels.max() < 1
+    truth = (255 * pixels).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    error = np.abs(jitter_colour(image, jitter, grey, fused=True) - truth)
+    # the turn is in 8 bits: 256 hues, and a saturation in 255ths that a pale colour turns into whole grey levels
+    assert error.mean() < 1.2
+    assert error.max() < 8
+    assert error.mean() <= np.abs(jitter_colour(image, jitter, grey, fused=False) - truth).mean() + 0.1
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.6, 1.0, 1.37, 1.42, 1.7, 2.0, 3.5])
@@ -275,6 +302,26 @@ def test_views_have_the_moments_of_lightlys(operation: str, colour: Colour):
     assert_same_moments(mine[:, ~constant], reference[:, ~constant])
 
 
+def test_a_blur_widens_a_point_by_its_sigma_and_keeps_its_light():
+    point = np.zeros((33, 33, 3), np.uint8)
+    point[16, 16] = 255
+    offsets = np.arange(33) - 16
+    for sigma in np.linspace(0.5, 2, 16):
+        views = [
+            render_view(
+                255 - point if dark else point, ViewDraw(0, 0, 33, 33, False, (), False, sigma), 33, "exact"
+            ).astype(float)
+            for dark in (False, True)
+        ]
+        spread = (views[0] + 255 - views[1])[..., 0] / 2  # the halves of rounding up and down
+        np.testing.assert_allclose(spread.sum(), 255, rtol=0.06)
+        np.testing.assert_allclose(math.sqrt(spread.sum(0) @ offsets**2 / spread.sum()), sigma, rtol=0.08)
+    for sigma in np.linspace(0.1, 2, 20):
+        plain = np.full((20, 20, 3), 201, np.uint8)
+        blurred = render_view(plain, ViewDraw(0, 0, 20, 20, False, (), False, sigma), 20, "exact")
+        np.testing.assert_array_equal(blurred, plain)
+
+
 def test_a_views_draws_depend_on_its_number_alone():
     image = picture()
     draws = partial(draw_generator, 3, 1, 4)
@@ -289,6 +336,137 @@ def test_a_views_draws_depend_on_its_number_alone():
     assert not torch.equal(both[0], both[1])
     expected = render_view(image, draw_view(views, 48, 64, draws(1)), 24, "fused")
     np.testing.assert_array_equal(both[1].permute(1, 2, 0).numpy(), expected)
+
+
+def test_views_for_the_device_are_cropped_and_flipped_alone():
+    image, draws = picture(), partial(draw_generator, 3, 1, 4)
+    bare = TwoViews(size=24, jitter_probability=0, grey_probability=0, blur_probability=0)(image, draws)
+    assert torch.equal(TwoViews(size=24, colour="device")(image, draws), bare)
+
+
+def test_views_are_made_by_the_calling_thread_alone():
+    image, views = picture(480, 640), TwoViews()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        process, thread = time.process_time(), time.thread_time()
+        for index in range(20):
+            views(image, partial(draw_generator, 0, 0, index))
+        process, thread = time.process_time() - process, time.thread_time() - thread
+    finally:
+        cv2.setNumThreads(threads)
+    assert process < 1.1 * thread
+
+
+@given(
+    crop=st.tuples(*[st.integers(0, 200)] * 2, *[st.integers(8, 200)] * 2),
+    margin=st.tuples(*[st.integers(0, 50)] * 2),
+    step=st.sampled_from([1, 2, 4, 8]),
+)
+def test_a_snapped_crop_is_the_nearest_on_the_grid(crop: tuple[int, int, int, int], margin: tuple[int, int], step: int):
+    sides = crop[0] + crop[2] + margin[0], crop[1] + crop[3] + margin[1]
+    snapped = snap_crop(crop, *sides, step)
+    assert all(edge % step == 0 for edge in snapped)
+    assert snapped[0] >= 0
+    assert snapped[1] >= 0
+    assert snapped[0] + snapped[2] <= sides[0]
+    assert snapped[1] + snapped[3] <= sides[1]
+    near_border = step if step > 1 else 0
+    assert np.abs(np.subtract(snapped, crop)).max() <= step / 2 + near_border
+    if step == 1:
+        assert snapped == crop
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(height + width)
+    coarse = rng.integers(0, 256, (height // 24, width // 24, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def encoded(image: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **({"quality": 95} | options))
+    return file.getvalue()
+
+
+class Decoder:
+    """decode_image of one file, remembering the reductions it was asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.asked = data, []
+
+    def __call__(self, reduction: int) -> np.ndarray:
+        self.asked.append(reduction)
+        return decode_image(self.data, "x.jpg", "exif", reduction)
+
+
+def displacement(view: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The shift of `view` `[3, s, s]` and what an error of scale moves its border, along both sides, in pixels.
+
+    To first order, from the gradients of `other`.
+    """
+    view, other = view.astype(float), other.astype(float)
+    place = np.linspace(-1, 1, view.shape[1])
+    down, right = np.gradient(other, axis=(1, 2))
+    effects = np.stack([down, right, down * place[:, None], right * place])
+    return np.linalg.lstsq(effects.reshape(4, -1).T, (other - view).ravel(), rcond=None)[0]
+
+
+def test_displacement_is_seen():
+    image = smooth_picture(480, 640)
+    crop = render_view(image, ViewDraw(100, 100, 96, 96, False, (), False, 0), 48, "device").transpose(2, 0, 1)
+    moved = render_view(image, ViewDraw(101, 98, 96, 100, False, (), False, 0), 48, "device").transpose(2, 0, 1)
+    np.testing.assert_allclose(displacement(moved, crop), [-0.5, 0, 0, -1], atol=0.15)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("sides", [(480, 640), (797, 611), (640, 1104)])
+def test_views_of_a_reduced_jpeg_differ_by_filtering_alone(sides: tuple[int, int], orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth_picture(*sides), exif=exif)
+    views = TwoViews(size=48, colour="device")
+    size = reducible_size(data)
+    if size is None:
+        assert orientation > 1
+        assert sides == (797, 611)  # reduced, its turned pixels would not be blocks of the full picture's
+        return
+    full = decode_image(data, "x.jpg", "exif")
+    assert full.shape[:2] == size
+    reductions, errors, displaced = [], [], []
+    for index in range(40):
+        draws, decoder = partial(draw_generator, 0, 0, index), Decoder(data)
+        reduced, whole = views.at_scale(size, decoder, draws), views(full, draws)
+        crops = [draw_view(views, *size, draws(view)) for view in range(2)]
+        largest = [max(r for r in (1, 2, 4, 8) if r == 1 or min(c.height, c.width) / r >= 48) for c in crops]
+        assert decoder.asked == [min(largest)]
+        reductions += decoder.asked
+        errors.append((reduced.int() - whole.int()).abs().float().mean().item())
+        displaced += [displacement(*pair) for pair in zip(reduced.numpy(), whole.numpy(), strict=True)]
+    assert len(set(reductions)) >= 2
+    assert np.mean(errors) < 2
+    assert np.abs(np.mean(displaced, axis=0)).max() < 0.02
+    assert np.abs(displaced).max() < 0.1
+
+
+def test_reduced_crops_are_distributed_as_torchvisions():
+    views = TwoViews(size=28)
+    draws = [draw_view(views, 240, 300, np.random.default_rng(i)) for i in range(DRAWS)]
+    crops = np.array([draw[:4] for draw in draws])
+    assert {draw.reduction for draw in draws} == {2, 4, 8}
+    rng = np.random.default_rng(1)
+    plain = np.array([draw_crop(views.crop_area, 240, 300, rng) for _ in range(DRAWS)])
+    assert_same_moments(crops, plain)
+    assert_same_moments(crops[:, 2:] / crops[:, :1:-1], plain[:, 2:] / plain[:, :1:-1])
+
+
+def test_a_header_that_lies_costs_a_second_decode():
+    image = smooth_picture(480, 640)
+    decoder, views, draws = Decoder(encoded(image)), TwoViews(size=48), partial(draw_generator, 0, 0, 0)
+    told = views.at_scale((640, 480), decoder, draws)
+    assert torch.equal(told, views(decoder(1), draws))
+    assert decoder.asked[0] > 1
+    assert decoder.asked[1:] == [1, 1]
 
 
 @pytest.mark.skipif("POSERELAY_DATA" not in os.environ, reason="POSERELAY_DATA names no folder of real photographs")
