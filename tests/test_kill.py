@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,5 +72,32 @@ def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, work
         process = start(main, cut, tmp_path / "log")
         time.sleep(chance.uniform(0.02, 0.8 * seconds))
         kill(process)
+    assert finish(start(main, cut, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def on_a_full_disk(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`main` where no file can grow beyond 100 kB: the state of a run does not fit."""
+
+    def limited(arguments: list[str]) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return main(arguments)
+
+    return limited
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_full_disk_leaves_the_last_state(people: Path, tmp_path: Path, stage: str) -> None:
+    main, arguments = STAGES[stage]
+    assert finish(start(main, arguments(people, tmp_path / "whole"), tmp_path / "log")) == 0
+    cut = arguments(people, tmp_path / "cut")
+    process = start(main, cut, tmp_path / "log")
+    kill_when(process, being_written(tmp_path / "cut/export", "model.safetensors", process))
+    last = tmp_path / "cut/resume/last.pt"
+    before = last.read_bytes()
+    code = finish(start(on_a_full_disk(main), cut, tmp_path / "full"))
+    assert code == 2, (tmp_path / "full").read_text()
+    assert "cannot be written" in (tmp_path / "full").read_text()
+    assert last.read_bytes() == before
     assert finish(start(main, cut, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
