@@ -13,6 +13,7 @@ uint8, a quarter of the bytes.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -26,8 +27,9 @@ import torch
 from lightly.transforms.moco_transform import MoCoV2Transform
 from PIL import Image
 
-from poserelay.datasets.sampling import draw_generator, read_image
-from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, list_images
+from poserelay.datasets.sampling import decode_image, draw_generator
+from poserelay.datasets.shards import find_pictures
+from poserelay.datasets.unlabelled import UnlabelledImages
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages belong to the checkout, not to the package
 from pretrain.views import TwoViews
@@ -35,8 +37,8 @@ from pretrain.views import TwoViews
 BLOCK = 20  # pictures in a row, so that a side's code and data are in the caches, as in training
 
 
-def read_with_pil(path: Path) -> Image.Image:
-    with Image.open(path) as file:
+def decode_with_pil(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as file:
         return file.convert("RGB")
 
 
@@ -77,7 +79,7 @@ def pixel_error(size: int, arrays: list[np.ndarray]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder of pictures")
+    parser.add_argument("--images", required=True, help="folder of pictures, or of shards (poserelay prepare)")
     parser.add_argument("--count", type=int, default=200, help="pictures taken, evenly spread over the folder")
     parser.add_argument("--size", type=int, default=224, help="side of a view, pixels")
     parser.add_argument("--rounds", type=int, default=6)
@@ -86,29 +88,29 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
-    found = list_images(args.images)
-    files = found[:: max(1, len(found) // args.count)][: args.count]
-    arrays = [read_image(path, orientation="exif") for path in files]
-    pictures = [read_with_pil(path) for path in files]
+    found = find_pictures(args.images)
+    chosen = range(0, len(found), max(1, len(found) // args.count))[: args.count]
+    arrays = [decode_image(found.read(row), found.name(row), orientation="exif") for row in chosen]
+    pictures = [decode_with_pil(found.read(row)) for row in chosen]
     fused, peer = TwoViews(args.size), MoCoV2Transform(input_size=args.size)
 
     def draws(index: int) -> partial[np.random.Generator]:
         return partial(draw_generator, 0, 0, index)
 
     def from_files(transform: TwoViews) -> Callable[[int], object]:
-        images = UnlabelledImages(FilePictures(files), transform)
-        return lambda index: images.sample(index, draws(index))
+        images = UnlabelledImages(found, transform)
+        return lambda index: images.sample(chosen[index], draws(index))
 
     rates = pictures_per_second(
         {
             "fused": from_files(fused),
             "exact": from_files(TwoViews(args.size, colour="exact")),
             "device": from_files(TwoViews(args.size, colour="device")),
-            "peer": lambda index: peer(read_with_pil(files[index])),
+            "peer": lambda index: peer(decode_with_pil(found.read(chosen[index]))),
             "transform": lambda index: fused(arrays[index], draws(index)),
             "peer's transform": lambda index: peer(pictures[index]),
         },
-        len(files),
+        len(chosen),
         args.rounds,
     )
     parts = {
@@ -123,7 +125,7 @@ def main() -> None:
         **parts,
         "error": pixel_error(args.size, arrays),
         "size": args.size,
-        "pictures": len(files),
+        "pictures": len(chosen),
         "mean_height": float(np.mean([array.shape[0] for array in arrays])),
         "mean_width": float(np.mean([array.shape[1] for array in arrays])),
     }

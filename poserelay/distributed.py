@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import cv2
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -61,6 +62,7 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
             plugins=[TorchElasticEnvironment()],
         )
         fabric.launch()
+    cv2.setNumThreads(0)  # pictures are spread over workers, which OpenCV's own threads would only disturb
     if threads:
         torch.set_num_threads(threads)
     return fabric

@@ -30,8 +30,8 @@ class ViewsConfig:
     """How the two views of a picture are made; their distribution is MoCo v2's in every case."""
 
     colour: Literal["fused", "exact", "device"] = "fused"
-    """fused: one colour matrix per view, clipped once; exact: PIL's operations one by one; device: colour and blur on
-    the device, batched, each sample with draws of its own."""
+    """fused: all that is affine in one colour matrix per view, or two around the turn of the hue, clipped after each;
+    exact: PIL's operations one by one; device: colour and blur on the device, batched, each sample with its draws."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a backbone on unlabelled pictures: MSCL, SimSiam, MoCo v2, DenseCL."""
+    """Pretrain a backbone on unlabelled pictures. (`python -m pretrain linear --help` is about the linear probe.)"""
 
     model: ModelConfig
     """The backbone that is handed off and the size of its views; without a head."""

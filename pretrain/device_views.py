@@ -89,7 +89,7 @@ def apply_colours(images: Tensor, draws: ColourDraws) -> Tensor:
     colours = images.flatten(2).float()
     unchanged = ColourMaps(torch.ones_like(factors[:, 0]), *torch.zeros_like(factors[:, :2]).unbind(1))
     before = compose(unchanged, colours, order, factors, places < turn_place)
-    waits = before.luma == 0  # as in jitter_colour, the turn may then come first
+    waits = (before.luma == 0) | (factors[:, HUE] == 0)  # as in jitter_colour, the turn may then come first
     colours = map_colours(select(waits, unchanged, before), colours)
     colours = turn_hue(colours, factors[:, HUE])
     after = compose(select(waits, before, unchanged), colours, order, factors, places > turn_place)
@@ -154,7 +154,7 @@ def turn_hue(colours: Tensor, turns: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter float images `[N, C, h, w]` along both sides, each with its own kernel of `[N, K]`, the border repeated."""
+    """Filter float images `[N, C, h, w]` along both sides, each with its own of kernels `[N, K]`, border repeated."""
     count, channels = images.shape[:2]
     radius = kernels.shape[1] // 2
     weights = kernels.repeat_interleave(channels, 0)[:, None, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from poserelay.backbones import Backbone
 from poserelay.checkpoint import describe, load_resume, restore_training, save_resume, training_state, write_export
 from poserelay.command import to_plain
-from poserelay.datasets.sampling import EpochBatches, device_generator, steps_per_epoch, training_loader
+from poserelay.datasets.sampling import EpochBatches, step_generator, steps_per_epoch, training_loader
 from poserelay.datasets.shards import find_pictures
 from poserelay.datasets.unlabelled import (
     FilePictures,
@@ -146,7 +146,7 @@ def train(
                 group["lr"] = base_lr if group["fixed"] else lr
             batch = views.images.to(fabric.device, non_blocking=True)
             if colour:
-                batch = colour(batch, device_generator(config.seed, state.step, fabric.global_rank, fabric.device))
+                batch = colour(batch, step_generator(config.seed, state.step, fabric.global_rank))
             values = training_step(fabric, network, method, optimizer, batch, config)
             state.step += 1
             losses.add(state.step, values, views.names)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -15,9 +16,12 @@ from torch.utils.data import DataLoader
 from poserelay.datasets.sampling import (
     EpochBatches,
     TrainingDraws,
+    decode_image,
     draw_generator,
     epoch_order,
     read_image,
+    reducible_size,
+    step_generator,
     steps_per_epoch,
     worker_init,
 )
@@ -169,7 +173,130 @@ def test_orientation(tmp_path: Path, picture: np.ndarray) -> None:
     np.testing.assert_array_equal(upright, np.rot90(read_image(path), -1))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+def encode(image: Image.Image, name: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("name", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+def test_the_first_frame_of_an_animation(picture: np.ndarray, name: str, options: dict) -> None:
+    first, second = (Image.fromarray(image).quantize(64).convert("RGB") for image in (picture, 255 - picture))
+    data = encode(first, name, save_all=True, append_images=[second], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
+    np.testing.assert_array_equal(decode_image(data, "x"), np.asarray(first))
+
+
+MODES = {
+    "GIF": ["L", "1", "P"],
+    "PNG": ["RGBA", "LA", "1", "P", "I;16"],
+    "WEBP": ["RGBA", "L"],
+    "TIFF": ["RGB", "L", "1", "P", "CMYK", "RGBA", "I;16", "F"],
+    "JPEG": ["RGB", "L", "CMYK"],
+    "BMP": ["RGBA", "L", "1", "P"],
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in MODES.items() for mode in modes])
+def test_every_format_is_read_or_unreadable(picture: np.ndarray, name: str, mode: str) -> None:
+    if mode in ("I;16", "F"):
+        grey = picture[..., 0]
+        image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32))
+        expected = np.repeat(grey[..., None], 3, axis=-1)
+    else:
+        image = Image.fromarray(picture).convert(mode)
+        expected = np.asarray(image.convert("RGB"))
+    data = encode(image, name, **({"lossless": True} if name == "WEBP" else {}))
+    if mode == "F":
+        with pytest.raises(UnreadableImage, match="not a picture"):
+            decode_image(data, "x")
+        return
+    found = decode_image(data, "x")
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < (3 if name == "JPEG" else 0.01)
+    for share in (0.3, 0.6, 0.95):
+        with pytest.raises(UnreadableImage, match=r"x: .*replace or remove"):
+            decode_image(data[: int(share * len(data))], "x")
+
+
+def test_transparency_is_dropped(picture: np.ndarray) -> None:
+    alpha = np.linspace(0, 255, picture[..., 0].size).astype(np.uint8).reshape(picture.shape[:2])
+    image = Image.fromarray(np.dstack([picture, alpha]))
+    for name, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        np.testing.assert_array_equal(decode_image(encode(image, name, **options), "x"), picture)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """RGB, without the fine detail in which scales differ."""
+    y, x = np.mgrid[0:height, 0:width] / 16
+    return np.stack([127 + 120 * np.sin(x), 127 + 120 * np.cos(y), 127 + 60 * (np.sin(x) + np.cos(x + y))], -1).astype(
+        np.uint8
+    )
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (45, 70)])
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_reducible_size_is_that_of_the_upright_picture(
+    orientation: int | None, height: int, width: int, order: str
+) -> None:
+    exif = Image.Exif()
+    exif.endian = "<" if order == "II" else ">"
+    exif[0x010F] = "a maker, so that the orientation is not the first entry"
+    if orientation:
+        exif[0x0112] = orientation
+    data = encode(Image.fromarray(smooth(height, width)), "JPEG", exif=exif, quality=95, subsampling=0)
+    assert b"Exif\0\0" + order.encode() in data
+    full = decode_image(data, "x", "exif")
+    size = reducible_size(data)
+    if (orientation or 1) > 1 and height % 8:
+        assert size is None
+        return
+    assert size == full.shape[:2]
+    for reduction in (2, 4, 8):
+        reduced = decode_image(data, "x", "exif", reduction)
+        assert reduced.shape == (*(-(-side // reduction) for side in size), 3)
+        rows, columns = (side // reduction for side in size)
+        blocks = full[: rows * reduction, : columns * reduction].reshape(rows, reduction, columns, reduction, 3)
+        assert np.abs(reduced[:rows, :columns] - blocks.mean((1, 3))).mean() < 1.5
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 2}])
+def test_reducible_size_of_other_codings(options: dict) -> None:
+    data = encode(Image.fromarray(smooth(45, 70)), "JPEG", **options)
+    assert reducible_size(data) == (45, 70)
+    assert decode_image(data, "x", "exif", 4).shape == (12, 18, 3)
+    for mode in ("L", "CMYK"):
+        data = encode(Image.fromarray(smooth(45, 70)).convert(mode), "JPEG")
+        assert reducible_size(data) == (45, 70)
+        assert decode_image(data, "x", "exif", 2).shape == (23, 35, 3)
+
+
+def test_only_a_jpeg_is_reducible(picture: np.ndarray) -> None:
+    for name in ("PNG", "WEBP", "BMP", "TIFF", "GIF"):
+        assert reducible_size(encode(Image.fromarray(picture), name)) is None
+    assert reducible_size(b"") is None
+    assert reducible_size(b"\xff\xd8\xff\xd9") is None
+
+
+@given(position=st.integers(0, 400), garbage=st.binary(min_size=1, max_size=30), length=st.integers(0, 3000))
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_header_is_no_crash(position: int, garbage: bytes, length: int) -> None:
+    data = DAMAGED[:position] + garbage + DAMAGED[position + len(garbage) :]
+    size = reducible_size(data[:length])
+    assert size is None or min(size) > 0
+
+
+def _jpeg_with_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(Image.fromarray(smooth(48, 64)), "JPEG", exif=exif)
+
+
+DAMAGED = _jpeg_with_exif()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif"])
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_truncated_picture_is_unreadable(tmp_path: Path, picture: np.ndarray, suffix: str, share: float) -> None:
     path = save(tmp_path, Image.fromarray(picture), suffix)
@@ -209,3 +336,14 @@ def test_not_a_picture(tmp_path: Path) -> None:
     path.write_text("hello")
     with pytest.raises(UnreadableImage, match="not a picture"):
         read_image(path)
+
+
+def test_draws_of_a_step_depend_on_nothing_but_seed_step_and_rank() -> None:
+    def draw(*key: int) -> list[float]:
+        return torch.rand(3, generator=step_generator(*key)).tolist()
+
+    torch.manual_seed(5)
+    first = draw(0, 1, 2)
+    torch.manual_seed(6)
+    assert draw(0, 1, 2) == first
+    assert len({tuple(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 1), (0, 2, 1)]}) == 5

@@ -37,7 +37,7 @@ def test_list_images(folder: Path) -> None:
     with pytest.raises(UserError, match=r"absent: no such folder"):
         list_images(folder / "absent")
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no picture in it .looked for \.bmp, \.jpeg"):
+    with pytest.raises(UserError, match=r"empty: no picture in it .looked for \.bmp, \.gif, \.jpeg"):
         list_images(folder / "empty")
 
 

@@ -24,8 +24,8 @@ Draws = Callable[[int], np.random.Generator]
 
 ORDER_VIEW = 2**64 - 1
 """The view number whose draws order an epoch."""
-DEVICE_VIEW = 2**64 - 3
-"""The view number whose draws are made on the device, by step and process instead of epoch and sample."""
+STEP_VIEW = 2**64 - 3
+"""The view number whose draws are of a step and process instead of an epoch and sample."""
 
 
 def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
@@ -37,10 +37,11 @@ def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=seed, counter=np.array([0, view, index, epoch], dtype=np.uint64)))
 
 
-def device_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """A fresh generator on `device` of what a process draws there in an optimiser step."""
-    key = draw_generator(seed, step, rank, DEVICE_VIEW).integers(2**63)
-    return torch.Generator(device).manual_seed(int(key))
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """A fresh generator of what a process draws for its whole batch in an optimiser step; on the CPU, as the draws of
+    a GPU's generator would be others on every model of GPU."""
+    key = draw_generator(seed, step, rank, STEP_VIEW).integers(2**63)
+    return torch.Generator().manual_seed(int(key))
 
 
 @lru_cache(maxsize=2)

@@ -32,7 +32,7 @@ FORMAT = 1
 WINDOW = 10_000
 OPEN_SHARDS = 128
 
-_ORDER_VIEW = 2**64 - 2  # beside ORDER_VIEW and DEVICE_VIEW; samples have those from 0
+_ORDER_VIEW = 2**64 - 2  # beside ORDER_VIEW and STEP_VIEW; samples have those from 0
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 

@@ -15,7 +15,7 @@ from ..errors import UnreadableImage, UserError
 from .coco import check_images_exist, read_image_list
 from .sampling import ORDER_VIEW, Draws, decode_image, draw_generator, epoch_order, reducible_size
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
@@ -154,7 +154,8 @@ class UnlabelledImages:
     """Pictures turned upright by their EXIF orientation, then into views.
 
     Args:
-        transform: (RGB uint8 `[H, W, 3]`, view -> generator of its draws) -> uint8 `[V, 3, h, w]`.
+        transform: (RGB uint8 `[H, W, 3]`, view -> generator of its draws) -> uint8 `[V, 3, h, w]`; a ScaledTransform
+            has a large JPEG decoded at the scale that it needs.
     """
 
     def __init__(self, pictures: Pictures, transform: Callable[[np.ndarray, Draws], Tensor]) -> None:
@@ -171,14 +172,13 @@ class UnlabelledImages:
     def sample(self, index: int, generator: Draws) -> tuple[Tensor, str]:
         """The views `[V, 3, h, w]` of picture `index` and its name; raises UnreadableImage."""
         name, data = self.pictures.name(index), self.pictures.read(index)
-        size = reducible_size(data) if isinstance(self.transform, ScaledTransform) else None
 
-        def decode(reduction: int = 1) -> np.ndarray:
+        def decode(reduction: int) -> np.ndarray:
             return decode_image(data, name, orientation="exif", reduction=reduction)
 
-        if size and isinstance(self.transform, ScaledTransform):
+        if (size := reducible_size(data)) and isinstance(self.transform, ScaledTransform):
             return self.transform.at_scale(size, decode, generator), name
-        return self.transform(decode(), generator), name
+        return self.transform(decode(1), generator), name
 
 
 def collate_views(draws: Sequence[tuple[tuple[Tensor, str], list[str]]]) -> Views:
