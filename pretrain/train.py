@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ def train(
             if due or stop:
                 named = name_values(method, losses.flush(fabric))
                 collapsed = watch(fabric, method, named, state, total)
-                named |= {"unreadable": unreadable.check(fabric), "lr": lr, **progress.rates(), **memory(fabric)}
+                rates = {f"lr{'_fixed' * group['fixed']}": group["lr"] for group in plain_optimizer.param_groups}
+                named |= {"unreadable": unreadable.check(fabric), **rates, **progress.rates(), **memory(fabric)}
                 if journal:
                     journal.write("train", state.step, epoch, named)
                 stop = stop or (collapsed if config.on_collapse == "stop" else None)
@@ -281,10 +283,11 @@ def watch(fabric: Fabric, method: Any, named: dict[str, float], state: State, to
 
 
 def memory(fabric: Fabric) -> dict[str, float]:
-    """Peak memory of this process's GPU in GiB since the start; nothing on the CPU."""
-    if fabric.device.type != "cuda":
-        return {}
-    return {"gpu_gib": torch.cuda.max_memory_allocated(fabric.device) / 2**30}
+    """Peak memory of rank 0's process since the start, in GiB: of the host without the data workers, and of the GPU."""
+    peaks = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if fabric.device.type == "cuda":
+        peaks["gpu_gib"] = torch.cuda.max_memory_allocated(fabric.device) / 2**30
+    return peaks
 
 
 def export(run: Run, backbone: Backbone, config: PretrainConfig) -> None:
