@@ -46,7 +46,7 @@ def collapse_warnings(
     ranks: Sequence[float] | None = None,
     loss_range: tuple[float, float] = (0.0, -1.0),
     min_spread: float = 0.3,
-    min_rank: float = 3.0,
+    min_rank: float = 2.5,
     near_minimum: float = 0.95,
     early: float = 0.2,
     judged_from: float = 0.0,
