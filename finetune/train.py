@@ -34,7 +34,7 @@ from poserelay.inference import predict_dataset, protocol
 from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
-from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
+from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.schedules import drops
 from poserelay.scoring import coco_ap, order_of_file
@@ -186,9 +186,11 @@ def train(
                 if journal:
                     journal.write("train", state.step, epoch, {**values, "lr": plain_optimizer.param_groups[0]["lr"]})
             if epoch_ends:
-                unreadable.count = 0
+                unreadable.new_epoch()
                 if journal and data.validation and (ends or (epoch + 1) % config.validate_every == 0):
                     journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
+            if stop or saves:
+                check_weights(model, state.step, batch.image_ids)
             if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(model, plain_optimizer, fabric, upstream, state))

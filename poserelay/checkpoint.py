@@ -272,7 +272,7 @@ def _save(function: Callable[..., None], *arguments: Any, **options: Any) -> Non
     try:
         function(*arguments, **options)
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(f"the disk took only a part ({str(error).splitlines()[0]})") from error
 
 
 def save_best(folder: Path, state: Mapping[str, Tensor]) -> None:

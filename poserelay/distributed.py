@@ -38,7 +38,7 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     if precision == "fp16" and not cuda:
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _variable("WORLD_SIZE", "1")
     if world == 1:
         # Without the explicit environment Fabric would read Slurm's variables and may start or expect more processes.
         fabric = Fabric(
@@ -51,7 +51,7 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
             plugins=[LightningEnvironment()],
         )
     else:
-        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        local_world = _variable("LOCAL_WORLD_SIZE")
         _join(world, cuda)
         fabric = Fabric(
             accelerator="cuda" if cuda else "cpu",
@@ -68,11 +68,24 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
     return fabric
 
 
+def _variable(name: str, default: str = "") -> int:
+    """A number that the launcher sets in the environment."""
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(
+            f"environment variable {name} is {value!r}, expected a number; start several processes with a launcher "
+            "that sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE"
+        )
+    return int(value)
+
+
 def _join(world: int, cuda: bool) -> None:
     """Join the process group ourselves: a short limit for the meeting, torch's longer one for the work after it."""
-    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    host, port, rank, local_rank = os.environ.get("MASTER_ADDR"), *map(_variable, ("MASTER_PORT", "RANK", "LOCAL_RANK"))
+    if not host:
+        raise UserError("MASTER_ADDR is not set although WORLD_SIZE is above 1; start the processes with a launcher")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank)
     try:
         store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             host, port, world, is_master=rank == 0, timeout=timedelta(seconds=RENDEZVOUS_SECONDS)

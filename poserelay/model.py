@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -203,6 +203,10 @@ def check_kwargs(field: str, named: Named, constructor: Callable[..., Any], give
 
 def _mistyped(name: str, value: Any, annotation: Any) -> str | None:
     """What is wrong with a value, or None; text is not read as a number or a boolean."""
+    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    problem = f"{name} is {value!r}, expected {expected.replace('typing.', '').replace('collections.abc.', '')}"
+    if value is None and type(None) not in get_args(annotation):
+        return problem
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{name}", type=annotation)
     try:
@@ -211,8 +215,7 @@ def _mistyped(name: str, value: Any, annotation: Any) -> str | None:
             return None
     except ArgumentError:
         pass
-    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return f"{name} is {value!r}, expected {expected.replace('typing.', '').replace('collections.abc.', '')}"
+    return problem
 
 
 def _choose(field: str, named: Named, choices: Mapping[str, Choice]) -> Choice:

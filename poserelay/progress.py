@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -113,27 +113,50 @@ class LossWindow:
         if not all(math.isfinite(value) for value in result):
             bad = (~torch.isfinite(values).all(1)).nonzero().flatten().tolist()
             step, sources = self._sources[bad[0]] if bad else (self._sources[0][0], ["in another process"])
-            shown = ", ".join(map(str, sources[:8])) + (" ..." if len(sources) > 8 else "")
             raise CheckFailed(
-                f"the loss is not a number at step {step} (pictures: {shown}); the last resume file is from before it. "
-                "Lower the learning rate, or train in bf16 or fp32 if this was fp16"
+                f"the loss is not a number at step {step} (pictures: {_shown(sources)}); the last resume file is from "
+                "before it. Lower the learning rate, or train in bf16 or fp32 if this was fp16"
             )
         self._losses.clear()
         self._sources.clear()
         return result
 
 
+def check_weights(module: nn.Module, step: int, sources: Sequence[object]) -> None:
+    """Raise CheckFailed where a step has left a weight that is not finite: such a state is neither saved nor exported.
+
+    Processes that train one model have the same weights and find the same.
+    """
+    values = [*module.parameters(), *module.buffers()]
+    if not bool(torch.stack([value.isfinite().all() for value in values]).all()):
+        raise CheckFailed(
+            f"weights are not numbers after step {step} (pictures: {_shown(sources)}); the last resume file is from "
+            "before it. Lower the learning rate, or train in bf16 or fp32 if this was fp16"
+        )
+
+
+def _shown(sources: Sequence[object]) -> str:
+    return ", ".join(map(str, sources[:8])) + (" ..." if len(sources) > 8 else "")
+
+
 class UnreadableCount:
-    """Counts the pictures of the current epoch that had to be replaced; stops above a share of the epoch."""
+    """Counts the pictures of the current epoch that cannot be read, each once; stops above a share of the epoch."""
 
     def __init__(self, share: float, epoch_images: int, count: int = 0) -> None:
         self.count = count
         self._share, self._epoch_images = share, epoch_images
         self._since_check: list[str] = []
+        self._seen: set[str] = set()
 
     def add(self, replaced: Sequence[str]) -> None:
         """Remember the messages of the pictures that a batch could not read."""
-        self._since_check += replaced
+        self._since_check += [message for message in dict.fromkeys(replaced) if message not in self._seen]
+        self._seen.update(replaced)
+
+    def new_epoch(self) -> None:
+        """Begin to count anew."""
+        self.count = 0
+        self._seen.clear()
 
     def check(self, fabric: Fabric) -> int:
         """Unreadable pictures of this epoch over all processes; every process must call it. Raises CheckFailed."""

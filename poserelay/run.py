@@ -24,7 +24,17 @@ import yaml
 from .errors import CheckFailed, Interrupted, UserError
 
 # Fields that change neither the result nor the identity of a run.
-UNCOMPARED = ("run_dir", "resume", "workers", "device", "log_every", "save_every", "knn")
+UNCOMPARED = (
+    "run_dir",
+    "resume",
+    "workers",
+    "device",
+    "log_every",
+    "save_every",
+    "knn",
+    "on_collapse",
+    "max_unreadable",
+)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -47,7 +57,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}; what was there before is intact"
+            f"{path}: cannot be written: {error.strerror or error}; what was there before is intact, make room if the "
+            "disk is full"
         ) from error
 
 
@@ -209,7 +220,8 @@ def running(run: Run | None) -> Iterator[None]:
         yield
     except (CheckFailed, Interrupted, UserError) as reason:
         if run:
-            run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
+            with contextlib.suppress(UserError):  # a full disk, say, which `reason` tells
+                run.status("interrupted" if isinstance(reason, Interrupted) else "failed", str(reason))
         raise
     finally:
         if run:

@@ -59,7 +59,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("base_lr", "batch_size", "micro_batches"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < 1e37:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
         ranges = {"weight_decay": (0, math.inf), "momentum": (0, 1), "epochs": (0, math.inf)}
         check_ranges(self, ranges, "optim.")
@@ -117,7 +117,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.model.head is not None:
             raise ValueError("model.head: pretraining trains the backbone alone; leave it out")
+        if self.model.refiner is not None:
+            raise ValueError("model.refiner: pretraining trains the backbone alone; leave it out")
         height, width = self.model.input.height, self.model.input.width
+        if min(height, width) < 32:
+            raise ValueError(f"model.input is {height}x{width}; views need at least 32 pixels, the deepest stride")
         if height != width:
             raise ValueError(f"model.input is {height}x{width}, but the views are square; give height and width alike")
         if (self.method.name == "none") != (self.optim.epochs == 0):

@@ -83,9 +83,11 @@ class DenseCL(nn.Module):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        check_contrast(queue_size, momentum, temperature)
-        if not 0 <= dense_weight <= 1:
-            raise UserError(f"dense_weight is {dense_weight}; give a share in 0..1")
+        check_contrast(width, hidden_width, queue_size, momentum, temperature)
+        if not 0 <= dense_weight <= 1 or warmup_steps < 0:
+            raise UserError(
+                f"dense_weight is {dense_weight} and warmup_steps {warmup_steps}; give a share in 0..1 and at least 0"
+            )
         self.backbone = backbone
         self.heads = DenseHeads(channels[-1], hidden_width, width)
         self.momentum = momentum

@@ -35,7 +35,7 @@ from poserelay.distributed import StopSignals, on_rank_zero, start
 from poserelay.embeddings import load_backbone
 from poserelay.errors import Interrupted, UnreadableImage, UserError
 from poserelay.model import normalise
-from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
+from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, is_finished, open_run, running
 from poserelay.schedules import cosine
 
@@ -161,11 +161,13 @@ def train(
                 if journal:
                     journal.write("train", state.step, epoch, {**named, **progress.rates()})
             if epoch_ends:
-                unreadable.count = 0
+                unreadable.new_epoch()
                 if ends or (epoch + 1) % config.validate_every == 0:
                     state.validation = validate(fabric, features, network, data, config)
                     if journal:
                         journal.write("validation", state.step, epoch, state.validation)
+            if stop or saves:
+                check_weights(classifier, state.step, views.names)
             if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(classifier, plain_optimizer, fabric, upstream, state))

@@ -46,11 +46,12 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Put the keys `[B, width]` of every process in the place of the oldest ones."""
+        """Put the keys `[B, width]` of every process in the place of the oldest ones; of more than fit, the last."""
         if world_size() > 1:
             keys = concat_all_gather(keys)
-        places = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.keys[places] = keys.to(self.keys.dtype)
+        first = max(0, len(keys) - len(self.keys))
+        places = (self.oldest + torch.arange(first, len(keys), device=keys.device)) % len(self.keys)
+        self.keys[places] = keys[first:].to(self.keys.dtype)
         self.oldest.copy_((self.oldest + len(keys)) % len(self.keys))
 
 
@@ -86,7 +87,7 @@ class MoCo(nn.Module):
         temperature: float = 0.2,
     ) -> None:
         super().__init__()
-        check_contrast(queue_size, momentum, temperature)
+        check_contrast(width, hidden_width, queue_size, momentum, temperature)
         self.backbone = backbone
         self.projection_head = MoCoProjectionHead(channels[-1], hidden_width, width)
         self.momentum = momentum
@@ -167,8 +168,10 @@ def momentum_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def check_contrast(queue_size: int, momentum: float, temperature: float) -> None:
+def check_contrast(width: int, hidden_width: int, queue_size: int, momentum: float, temperature: float) -> None:
     """Raise UserError for numbers that a momentum contrast cannot have."""
+    if min(width, hidden_width) < 1:
+        raise UserError(f"width is {width} and hidden_width {hidden_width}; give numbers of at least 1")
     if queue_size < 1 or not 0 <= momentum <= 1 or not temperature > 0:
         raise UserError(
             f"queue_size is {queue_size}, momentum {momentum} and temperature {temperature}; give a positive "

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+# Below what healthy runs on a few thousand alike pictures reach, 3 to 4, from batches of 16 and more.
+MIN_RANK = 2.5
+
 
 @torch.no_grad()
 def spread(outputs: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def collapse_warnings(
     ranks: Sequence[float] | None = None,
     loss_range: tuple[float, float] = (0.0, -1.0),
     min_spread: float = 0.3,
-    min_rank: float = 2.5,
+    min_rank: float = MIN_RANK,
     near_minimum: float = 0.95,
     early: float = 0.2,
     judged_from: float = 0.0,

@@ -6,8 +6,9 @@ one (Eq. 1-2), mapped (Eq. 3) and predicted from the other view (Eq. 4-7). The h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
@@ -117,6 +118,8 @@ class MSCL(nn.Module):
                 f"levels is {list(levels)}, but this backbone has levels 0 to {len(channels) - 1}: "
                 "name those to compare once each, from fine (0) to coarse"
             )
+        if fusion not in get_args(Fusion) or pool not in get_args(Pool):
+            raise UserError(f"fusion is {fusion!r} and pool {pool!r}; see their Literals for the choices")
         check_weights(loss_weights, len(levels))
         chosen = [channels[level] for level in levels]
         self.backbone = backbone
@@ -205,7 +208,7 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 def check_weights(weights: Sequence[float], levels: int) -> None:
     """Raise UserError where `weights` are not one per level, at least 0 and not all 0."""
-    if len(weights) != levels or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != levels or not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
         raise UserError(
             f"loss_weights is {list(weights)}: give one weight of at least 0 for each of the {levels} levels, "
             "not all of them 0"

@@ -8,6 +8,8 @@ from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import Tensor, nn
 
+from poserelay.errors import UserError
+
 from .comparison import Comparison, LevelOutputs, widen
 
 
@@ -32,6 +34,8 @@ class SimSiam(nn.Module):
         self, backbone: nn.Module, channels: Sequence[int], *, width: int = 2048, prediction_width: int = 512
     ) -> None:
         super().__init__()
+        if min(width, prediction_width) < 1:
+            raise UserError(f"width is {width} and prediction_width {prediction_width}; give numbers of at least 1")
         self.backbone = backbone
         self.projection_head = SimSiamProjectionHead(channels[-1], width, width)
         self.prediction_head = SimSiamPredictionHead(width, prediction_width, width)

@@ -32,7 +32,7 @@ from poserelay.datasets.unlabelled import (
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
 from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.model import build_backbone, check_kwargs, normalise
-from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount
+from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, is_finished, open_run, running
 from poserelay.schedules import cosine
 
@@ -42,7 +42,7 @@ from .densecl import DenseCL
 from .device_views import DeviceColour
 from .knn import OnlineKnn, load_online_knn
 from .moco import MoCo
-from .monitors import collapse_warnings, effective_rank, spread
+from .monitors import MIN_RANK, collapse_warnings, effective_rank, spread
 from .mscl import MSCL
 from .simsiam import SimSiam
 from .views import TwoViews
@@ -128,6 +128,11 @@ def train(
     optimizer = fabric.setup_optimizers(plain_optimizer)
     state = restore_training(load_resume(folder), method, plain_optimizer, fabric, None, State(world, len(images)))
     announce(fabric, method, config, images, base_lr, total, state)
+    if config.on_collapse == "stop" and state.collapsed >= COLLAPSED_ROWS:
+        raise CheckFailed(
+            f"this run has collapsed by step {state.step}; lower optim.base_lr in a new run_dir, or go on with "
+            "--on_collapse warn"
+        )
 
     batches = EpochBatches(
         len(images), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
@@ -159,22 +164,24 @@ def train(
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
                 named = name_values(method, losses.flush(fabric))
-                collapsed = watch(fabric, method, named, state, total)
+                collapsed = watch(fabric, method, named, state, total, config.optim)
                 rates = {f"lr{'_fixed' * group['fixed']}": group["lr"] for group in plain_optimizer.param_groups}
                 named |= {"unreadable": unreadable.check(fabric), **rates, **progress.rates(), **memory(fabric)}
                 if journal:
                     journal.write("train", state.step, epoch, named)
                 stop = stop or (collapsed if config.on_collapse == "stop" else None)
             if epoch_ends:
-                unreadable.count = 0
-                if knn and (ends or (epoch + 1) % knn.config.every == 0):
-                    evaluate = partial(knn.evaluate, method.backbone, config.model.input, workers=config.workers)
-                    accuracy = on_rank_zero(fabric, evaluate)
-                    if journal and accuracy:
-                        journal.write("knn", state.step, epoch, accuracy)
+                unreadable.new_epoch()
+            if stop or saves:
+                check_weights(method, state.step, views.names)
             if run and (stop or saves):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(method, plain_optimizer, fabric, None, state))
+            if knn and epoch_ends and (ends or (epoch + 1) % knn.config.every == 0):
+                evaluate = partial(knn.evaluate, method.backbone, config.model.input, workers=config.workers)
+                accuracy = on_rank_zero(fabric, evaluate)
+                if journal and accuracy:
+                    journal.write("knn", state.step, epoch, accuracy)
             if stop and stop == collapsed:
                 raise CheckFailed(stop)
             if stop:
@@ -264,7 +271,9 @@ def name_values(method: Any, values: list[float]) -> dict[str, float]:
     return named
 
 
-def watch(fabric: Fabric, method: Any, named: dict[str, float], state: State, total: int) -> str | None:
+def watch(
+    fabric: Fabric, method: Any, named: dict[str, float], state: State, total: int, optim: OptimConfig
+) -> str | None:
     """Say on stderr which terms newly look collapsed; after COLLAPSED_ROWS such rows return the first's warning."""
     losses, spreads, ranks = ([named[f"{kind}_{term}"] for term in method.terms] for kind in ("loss", "spread", "rank"))
     warnings = collapse_warnings(
@@ -275,6 +284,7 @@ def watch(fabric: Fabric, method: Any, named: dict[str, float], state: State, to
         ranks=ranks,
         loss_range=method.loss_range,
         judged_from=method.judged_from,
+        min_rank=min(MIN_RANK, (optim.batch_size / optim.micro_batches - 1) / 6),
     )
     if warnings and not state.collapsed:
         fabric.print("\n".join(f"warning: step {state.step}: {text}" for text in warnings.values()), file=sys.stderr)

@@ -6,14 +6,18 @@ import json
 import os
 import random
 import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from poserelay.run import read_metrics
+from pretrain.__main__ import main as pretrain
+
 from .processes import finish, kill, start
-from .test_training import STAGES, assert_same_run
+from .test_training import STAGES, assert_same_run, pretrain_arguments
 
 
 def kill_when(process: int, seen: Callable[[], bool], seconds: float = 60) -> bool:
@@ -101,3 +105,17 @@ def test_a_full_disk_leaves_the_last_state(people: Path, tmp_path: Path, stage: 
     assert last.read_bytes() == before
     assert finish(start(main, cut, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_every_process_of_the_job_saves(people: Path, tmp_path: Path, number: signal.Signals) -> None:
+    cut = pretrain_arguments(people, tmp_path / "cut", "--optim.epochs", "200", "--workers", "2")
+    process = start(pretrain, cut, tmp_path / "log")
+    metrics = tmp_path / "cut/metrics.jsonl"
+    until = time.monotonic() + 60
+    while not any(row["step"] >= 3 for row in read_metrics(metrics)):
+        assert time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.killpg(process, number)
+    assert finish(process) == 75, (tmp_path / "log").read_text()
+    assert number.name in json.loads((tmp_path / "cut/status.json").read_text())["reason"]

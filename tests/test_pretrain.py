@@ -250,3 +250,72 @@ def test_two_processes_train_what_one_level_leaves_unused(people: Path, tmp_path
         assert finish(process) == 0, (tmp_path / f"log{rank}").read_text()
     rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row["kind"] == "train"]
     assert all(math.isfinite(row["loss_conv5"]) for row in rows)
+
+
+def test_a_run_stopped_by_its_collapse_is_not_handed_on(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = ("--method", json.dumps({"name": "moco", "kwargs": {**SMALL_METHODS["moco"], "queue_size": 48}}))
+    more = (*method, "--optim.epochs", "6", "--optim.batch_size", "24", "--optim.base_lr", "1000")
+    arguments = pretrain_arguments(people, tmp_path / "run", *more)
+    assert pretrain([*arguments, "--on_collapse", "stop"]) == 3
+    assert pretrain([*arguments, "--on_collapse", "stop"]) == 3
+    assert "has collapsed by step" in capsys.readouterr().err
+    assert not (tmp_path / "run/export/model.safetensors").exists()
+    assert pretrain(arguments) == 0  # to go on with a warning is another decision, not another run
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absurd = ("--optim.base_lr", "1e30", "--optim.weight_decay", "1e38", "--optim.batch_size", "24")
+    for epochs in ("1", "3"):
+        run = tmp_path / epochs
+        assert pretrain(pretrain_arguments(people, run, *absurd, "--save_every", "1", "--optim.epochs", epochs)) == 3
+        message = capsys.readouterr().err
+        assert "weights are not numbers after step 1 (pictures: " in message
+        assert not list((run / "resume").glob("*.pt"))
+        assert not (run / "export/model.safetensors").exists()
+
+
+def test_a_small_batch_is_not_called_collapsed(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--optim.batch_size", "4", "--on_collapse", "stop")
+    assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 0
+    assert "collapsing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--method", "{name: simsiam, kwargs: {width: 0}}"), "width is 0"),
+        (("--method", "{name: moco, kwargs: {hidden_width: -3}}"), "hidden_width -3"),
+        (("--method", "{name: moco, kwargs: {width: null}}"), "width is None, expected int"),
+        (("--method", "{name: densecl, kwargs: {warmup_steps: -3}}"), "warmup_steps -3"),
+        (("--model.input.height", "0", "--model.input.width", "0"), "at least 32 pixels"),
+        (("--optim.base_lr", "1e41"), "optim.base_lr is 1e+41"),
+        (("--model.refiner", "{name: x}"), "model.refiner"),
+    ],
+)
+def test_more_mistakes(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    assert pretrain(pretrain_arguments(people, tmp_path / "run", *more)) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("LOCAL_WORLD_SIZE", "")])
+def test_a_launchers_variables_are_checked(
+    people: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+) -> None:
+    for variable, number in {**ranks(2)[0], name: value}.items():
+        monkeypatch.setenv(variable, number)
+    assert pretrain(pretrain_arguments(people, tmp_path / "run")) == 2
+    assert f"environment variable {name} is {value!r}" in capsys.readouterr().err

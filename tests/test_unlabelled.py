@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +105,28 @@ def test_joined_sources_are_interleaved_each_in_its_own_order(folder: Path, tmp_
     for index, source, row in ((0, one, 0), (11, one, 11), (12, other, 0), (21, other, 9)):
         assert joined.name(index) == source.name(row)
         assert joined.read(index) == source.read(row)
+
+
+def test_links_are_followed_but_not_in_circles_and_odd_entries_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "root").mkdir()
+    Image.fromarray(np.zeros((6, 8, 3), dtype=np.uint8)).save(tmp_path / "real" / "a.png")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "d.jpg").mkdir()
+    os.mkfifo(tmp_path / "root" / "pipe.jpg")
+    assert list_images(tmp_path / "root") == [tmp_path / "root" / "linked" / "a.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path: str) -> object:  # root, as whom tests may run, can read everything
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="closed: cannot be read: Permission denied"):
+        list_images(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,25 +19,34 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", 
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
-    """The pictures of a folder, by suffix, sorted by path; hidden files and folders are left out.
+    """The pictures of a folder, by suffix, sorted by path; hidden files and folders are left out, links followed.
 
     Raises:
-        UserError: no such folder, or no picture in it.
+        UserError: no such folder, one below it that cannot be read, or no picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path")
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-        ]
+    found = [Path(path) for path in _walk(os.fspath(folder), recursive, ())]
     if not found:
         raise UserError(f"{folder}: no picture in it (looked for {', '.join(sorted(SUFFIXES))})")
     return sorted(found)
+
+
+def _walk(folder: str, recursive: bool, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths of the pictures of a folder; `above` are the real paths that a link must not lead back to."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}; change its rights, or move it away") from error
+    above = (*above, os.path.realpath(folder))
+    for entry in visible:
+        if entry.is_dir():
+            if recursive and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                yield from _walk(entry.path, recursive, above)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+            yield entry.path
 
 
 def coco_images(path: str | os.PathLike[str], image_dir: str | os.PathLike[str]) -> list[Path]:
