@@ -93,7 +93,7 @@ def read_export(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a hand-off file ({error}); give the export/model.safetensors of an earlier run "
-            "(a .pth file is never unpickled here)"
+            "(a .pth file is never unpickled here; `python -m poserelay import-weights` turns it into a hand-off file)"
         ) from error
     if metadata is None:
         raise UserError(f"{path}: safetensors without the metadata key 'poserelay'; give a file that a stage exported")
@@ -199,7 +199,8 @@ def rows_by_joint(
     indices = match_joints(source.joints, target.joints)
     result = dict(state)
     for name in ("final_layer.weight", "final_layer.bias"):
-        if name in state:
+        # another width is told by name when the whole head is compared
+        if name in state and state[name].shape[1:] == own[name].shape[1:]:
             rows = [own[name][row] if index is None else state[name][index] for row, index in enumerate(indices)]
             result[name] = torch.stack([row.cpu() for row in rows])
     return result, tuple(joint for joint, index in zip(target.joints, indices, strict=True) if index is None)

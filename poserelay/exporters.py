@@ -51,6 +51,8 @@ def main(config: ExportConfig) -> None:
         print(f"left out     the pose model's other parts, for which {config.layout} has no names: {summary(others)}")
     if backbone.name.startswith("hrnet") and not any(map(UNUSED_FUSE_ROWS.match, own)):
         print("not in file  stage4.2.fuse_layers.1 to .3, which a pose model does not have: load with strict=False")
+    crop = described["input"]
+    print(f"pictures     {crop['color']}, mean {list(crop['mean'])}, std {list(crop['std'])}: the file does not say")
     print(f"wrote        {out}: {len(plain)} tensors, keys as in {config.layout}")
 
 

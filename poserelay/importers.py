@@ -53,6 +53,8 @@ def main(config: ImportConfig) -> None:
         raise UserError(f"out {out}: is already there; name a new file")
     state, marks = read_weights(path)
     found = convert(state, path, config, marks)
+    for name, value in found.tensors.items():
+        _check_values(value, name, path)
     described = describe(
         stage="import",
         method=found.layout,
@@ -130,6 +132,8 @@ def convert(
         if name and isinstance(value, Tensor):
             part, _, rest = name.partition(".")
             parts[part][rest] = value
+    if not parts["backbone"]:
+        raise UserError(f"{source}: no key fits the layout {layout}: {summary(state)}; name another --layout")
     backbone = _backbone({name: value.shape for name, value in parts["backbone"].items()}, source, config.backbone)
     head, skeleton = None, None
     if any((new or "").startswith("head.") for _, new in LAYOUTS[layout].renames):
@@ -149,6 +153,14 @@ def convert(
             f"{'; '.join(problems[:SHOWN])}{more}; name another --layout or --backbone, or fetch the file again"
         )
     return Imported(layout, tensors, model, skeleton, dropped, uncounted)
+
+
+def _check_values(value: Tensor, key: str, source: Path) -> None:
+    """Raise UserError for a tensor that holds no finite numbers to copy."""
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise UserError(f"{source}: {key} is a sparse, quantised or empty tensor; save a plain state dict")
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise UserError(f"{source}: {key} holds NaN or infinity: its training failed; give another file")
 
 
 def _names(keys: Iterable[str], layout: str, own: Mapping[str, Tensor]) -> tuple[dict[str, str], Counter[str]]:

@@ -272,7 +272,13 @@ def read_record(out: Path, number: int) -> tuple[Shard, list[str]] | None:
         unreadable = fields.pop("unreadable")
         shard = Shard(**{**fields, "path": path})
         return (shard, unreadable) if path.stat().st_size == shard.size else None
-    except FileNotFoundError:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # none, or damaged: the shard is made again
         return None
 
 

@@ -84,6 +84,8 @@ def read_pickled(path: Path) -> Any:
         raise UserError(f"{path}: a TorchScript program, not weights; save the network's state_dict() and give that")
     if not is_zip and tarfile.is_tarfile(path):
         raise UserError(f"{path}: the tar format of torch 0.1; load it with an old torch and torch.save it again")
+    if is_zip and (damaged := _first_damaged(path)):
+        raise UserError(f"{path}: {damaged} in it does not match its checksum: damaged; fetch it again")
     # A damaged or hostile file raises anything; what torch refuses gets the restricted reader's answer.
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -98,6 +100,16 @@ def read_pickled(path: Path) -> Any:
         raise UserError(
             f"{path}: not a readable PyTorch file ({reason[:200]}); it may be truncated: fetch it again"
         ) from error
+
+
+def _first_damaged(path: Path) -> str | None:
+    """The first member of a zip file whose checksum is wrong; torch does not look. None, too, where it is no whole zip,
+    of which the readers tell."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception:
+        return None
 
 
 def read_restricted(path: Path) -> Any:

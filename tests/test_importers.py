@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -351,7 +351,7 @@ def test_what_may_not_be_left_out_is_an_error(features: State) -> None:
         state = {key.removeprefix("module."): value for key, value in state.items()} | noise(extra)
         with pytest.raises(UserError, match=f"unexpected {extra}"):
             convert(state, Path("a.pth"), config_of(layout=layout))
-    with pytest.raises(UserError, match=r"missing backbone\.conv1\.weight"):
+    with pytest.raises(UserError, match="no key fits the layout moco"):
         convert(features, Path("a.pth"), config_of(layout="moco", backbone="resnet18"))
 
 
@@ -748,3 +748,23 @@ def test_a_layout_that_cannot_express_the_backbone(tmp_path: Path, capsys: pytes
         assert says in refused(capsys, *arguments)
     assert "ends in .pth or .safetensors" in refused(capsys, *arguments[:-1], "a.onnx")
     assert set(get_args(get_type_hints(ExportConfig)["layout"])) == {"torchvision", "timm"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda weight: weight.to_sparse(), "backbone.conv1.weight is a sparse"),
+        (lambda weight: torch.full_like(weight, float("nan")), "backbone.conv1.weight holds NaN"),
+    ],
+)
+def test_tensors_without_numbers_to_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Tensor], Tensor], expected: str
+) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    state["conv1.weight"] = spoil(state["conv1.weight"])
+    torch.save(state, tmp_path / "a.pth")
+    arguments = ["import-weights", "--weights", str(tmp_path / "a.pth"), "--out", str(tmp_path / "b.safetensors")]
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+    assert main([*arguments, "--layout", "moco"]) == 2
+    assert "no key fits the layout moco" in capsys.readouterr().err

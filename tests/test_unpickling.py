@@ -309,3 +309,13 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
         (tmp_path / "a.pth").write_bytes(content)
         with pytest.raises(UserError, match="not a readable PyTorch file"):
             read_pickled(tmp_path / "a.pth")
+
+
+def test_a_flipped_byte_is_found_by_the_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.zeros(10_000)}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        read_pickled(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol, TypeVar
@@ -255,12 +256,21 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def worker_init(worker: int) -> None:
-    """`worker_init_fn` of every loader: one thread per worker process, which leaves signals to its parent.
+    """`worker_init_fn` of every loader: one thread per worker process, which heeds no signal but its parent's.
 
     Slurm and a terminal signal every process of a job: a worker that died of it would take the parent along before it
-    has saved. Workers end with their parent all the same.
+    has saved.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parents_word, daemon=True).start()
+
+
+def _end_with_parents_word() -> None:
+    """Wait for a SIGTERM that the parent sent, by which torch ends a worker that does not end by itself."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
