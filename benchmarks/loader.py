@@ -23,7 +23,7 @@ from torchvision.transforms import Normalize, ToTensor
 
 from poserelay.config import Augmentation
 from poserelay.datasets.coco import read_coco
-from poserelay.datasets.sampling import TrainingDraws, epoch_order, worker_init
+from poserelay.datasets.sampling import TrainingDraws, epoch_order
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.keypoints import resolve_skeleton
 
@@ -110,7 +110,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
 
-    worker_init(0)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
     annotations = read_coco(arguments.annotations)
     augmentation = Augmentation()
     skeleton = resolve_skeleton("auto", annotations.category)

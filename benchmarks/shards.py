@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from poserelay.config import PrepareConfig
-from poserelay.datasets.sampling import decode_image, worker_init
+from poserelay.datasets.sampling import decode_image
 from poserelay.datasets.shards import ShardPictures
 from poserelay.datasets.unlabelled import FilePictures, Pictures, list_images
 from poserelay.preparation import prepare
@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
 
-    worker_init(0)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "shards"))
         sizes = {"short_side": arguments.short_side, "pictures_per_shard": arguments.pictures_per_shard}
