@@ -18,6 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
+import torch
+
 from poserelay.config import PrepareConfig
 from poserelay.datasets.sampling import decode_image
 from poserelay.datasets.shards import ShardPictures
