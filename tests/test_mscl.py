@@ -139,7 +139,7 @@ def test_loss_and_gradients_are_those_of_the_equations():
     gradients = torch.autograd.grad(total, list(model.parameters()))
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         assert reference is not None
-        torch.testing.assert_close(gradient, reference, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
 
 
 def test_the_recursive_pyramid_adds_the_deeper_sum():
