@@ -6,20 +6,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import Decoding, check_ranges
+from poserelay.config import Boxes, Decoding, File, OptionalFile, SkeletonFile, check_ranges
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Score a COCO results file, of any origin, against annotations."""
 
-    annotations: str
+    annotations: File
     """COCO-keypoint JSON with the truth."""
-    predictions: str
+    predictions: File
     """COCO results JSON: a list of {image_id, category_id, keypoints, score}."""
     metric: Literal["oks", "pck"] = "oks"
     """oks: average precision as pycocotools computes it; pck: share of joints near enough, over the persons."""
-    skeleton: str = "auto"
+    skeleton: SkeletonFile = "auto"
     """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints."""
     pck_threshold: float = 0.2
     """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
@@ -34,19 +34,19 @@ class ScoreConfig:
 class TestConfig:
     """Run a pose model on annotated pictures and score it: OKS AP, PCK, and the mean pose as a baseline."""
 
-    checkpoint: str
+    checkpoint: File
     """Hand-off file (export/model.safetensors) of a pose model."""
-    annotations: str
+    annotations: File
     """COCO-keypoint JSON with the truth."""
-    images: str
+    images: File
     """Folder that the JSON's file names are relative to."""
-    boxes: str = "gt"
+    boxes: Boxes = "gt"
     """gt: the annotated boxes; or a COCO detections JSON."""
     box_threshold: float = 0.0
     """Detections below this score are left out."""
-    baseline_annotations: str | None = None
+    baseline_annotations: OptionalFile = None
     """COCO-keypoint JSON whose mean pose, placed in the same boxes, is scored as a baseline; null: no baseline."""
-    out: str | None = None
+    out: OptionalFile = None
     """Folder for predictions.json and metrics.json; null writes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
     pck_threshold: float = 0.2
@@ -71,13 +71,13 @@ class TestConfig:
 class PredictConfig:
     """Draw predicted skeletons on pictures and write the poses."""
 
-    checkpoint: str
+    checkpoint: File
     """Hand-off file (export/model.safetensors) of a pose model."""
-    images: str
+    images: File
     """A picture, or a folder of pictures (looked through recursively)."""
-    out: str
+    out: File
     """Folder for predictions.json, pictures/ and overview.jpg."""
-    boxes: str | None = None
+    boxes: OptionalFile = None
     """JSON with the persons' boxes: COCO (images, annotations) or a list of {file_name, bbox, score}, with file names
     relative to `images`; pictures without a box are left out. Null: the whole picture is one person's box."""
     box_threshold: float = 0.0
@@ -98,9 +98,9 @@ class PredictConfig:
 class ReportConfig:
     """Put runs side by side: a table of their metrics and a plot of their losses."""
 
-    runs: list[str]
+    runs: list[File]
     """Run directories; test metrics are read from RUN/evaluation/ (`evaluation test --out RUN/evaluation`)."""
-    out: str
+    out: File
     """Folder for report.md and losses.png."""
 
     def __post_init__(self) -> None:
@@ -114,17 +114,17 @@ class VisualizeConfig:
 
     figure: Literal["gradcam", "losses"]
     """gradcam: the heat of each checkpoint over pictures; losses: over epochs, in all and per level."""
-    out: str
+    out: File
     """Folder for gradcam.png or losses.png."""
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: list[File] = field(default_factory=list)
     """gradcam: hand-off files of `pretrain linear`, a column each."""
-    images: str | None = None
+    images: OptionalFile = None
     """gradcam: a picture, or a folder of pictures (looked through recursively)."""
     count: int = 8
     """gradcam: pictures of a folder, evenly spread over its sorted files."""
     target: str | None = None
     """gradcam: the class to explain; null: the one that a checkpoint takes the picture for."""
-    runs: list[str] = field(default_factory=list)
+    runs: list[File] = field(default_factory=list)
     """losses: run directories, a line each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """gradcam: auto takes a GPU where there is one."""

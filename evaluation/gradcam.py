@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from poserelay.backbones import Backbone
-from poserelay.checkpoint import load_exactly, read_export
+from poserelay.checkpoint import load_exactly, read_export, verify_handoff
 from poserelay.config import InputConfig
 from poserelay.datasets.centre import centre_crop
 from poserelay.embeddings import load_backbone
@@ -53,8 +53,9 @@ def load_classifier(path: str | Path, device: torch.device) -> Classifier:
     """Rebuild the classifier of a hand-off file.
 
     Raises:
-        UserError: not a hand-off file, or one without a classifier.
+        UserError: not a hand-off file, one without a classifier, or one that its run did not leave so.
     """
+    verify_handoff(path)
     state, described = read_export(path)
     if (described["head"] or {}).get("name") != "linear":
         raise UserError(

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from poserelay.checkpoint import verify_handoff
 from poserelay.datasets.sampling import read_image
 from poserelay.datasets.unlabelled import list_images
 from poserelay.distributed import start
@@ -46,6 +47,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
 
     Raises UserError for input that cannot be used and UnreadableImage for a picture that cannot be read.
     """
+    verify_handoff(config.checkpoint)
     root, pictures = find_pictures(config)
     model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
     joints = len(model.skeleton.joints)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from poserelay.checkpoint import verify_handoff
 from poserelay.datasets.coco import CocoAnnotations, read_coco, read_detections
 from poserelay.datasets.topdown import TopDownDataset
 from poserelay.distributed import start
@@ -29,6 +30,7 @@ def main(config: TestConfig) -> dict[str, Any]:
     Raises UserError for input that cannot be used and for a picture that cannot be read, CheckFailed for heatmaps that
     are not finite.
     """
+    verify_handoff(config.checkpoint)
     annotations = read_coco(config.annotations)
     detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
     baseline = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, annotations)

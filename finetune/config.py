@@ -5,22 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import Augmentation, Decoding, LabelsConfig, ModelConfig, check_loop_fields
+from poserelay.config import (
+    Augmentation,
+    Boxes,
+    Decoding,
+    File,
+    LabelsConfig,
+    ModelConfig,
+    OptionalFile,
+    check_loop_fields,
+)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Annotated pictures for training and validation."""
 
-    annotations: str
+    annotations: File
     """COCO-keypoint JSON with the labelled persons."""
-    images: str
+    images: File
     """Folder that the JSON's file names are relative to."""
-    validation_annotations: str | None = None
+    validation_annotations: OptionalFile = None
     """COCO-keypoint JSON to validate on; null trains without validation."""
-    validation_images: str | None = None
+    validation_images: OptionalFile = None
     """Folder of the validation pictures; null: the same as `images`."""
-    validation_boxes: str = "gt"
+    validation_boxes: Boxes = "gt"
     """gt, or a COCO detections JSON."""
 
 
@@ -53,9 +62,9 @@ class FinetuneConfig:
 
     model: ModelConfig
     data: DataConfig
-    run_dir: str
+    run_dir: File
     """Folder of this run; started again in the same folder it resumes."""
-    init_from: str | None = None
+    init_from: OptionalFile = None
     """Hand-off file (export/model.safetensors) whose weights the model starts from; null: its initialisation."""
     freeze_backbone: bool = False
     """Train the head alone, on the backbone as it was handed over, batch norms included: a probe of what it knows."""

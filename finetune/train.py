@@ -27,7 +27,7 @@ from poserelay.command import to_plain
 from poserelay.datasets.coco import read_coco, read_detections
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
-from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
+from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import Interrupted, UserError
 from poserelay.heatmaps import encode, input_to_heatmap, target_weight
 from poserelay.inference import predict_dataset, protocol
@@ -70,21 +70,20 @@ def main(config: FinetuneConfig) -> None:
     if config.resume != "never" and is_finished(run_dir, plain):
         print(f"{run_dir}: already finished", file=sys.stderr)
         return
+    upstream = upstream_of(config.init_from) if config.init_from else None
     data = load_data(config)
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.skeleton)
-    upstream = None
     if config.init_from:
         report = init_from(model, config.init_from)
-        upstream = upstream_of(config.init_from)
         if report.joints_initialised:
             fabric.print(
                 f"joints not in {config.init_from}, initialised: {', '.join(report.joints_initialised)}",
                 file=sys.stderr,
             )
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
-    with running(run):
+    with running(run), watching_peers(fabric):
         train(fabric, model, data, config, run, upstream)
 
 

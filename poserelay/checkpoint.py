@@ -11,7 +11,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .keypoints import Skeleton, match_joints
-from .run import UNCOMPARED, file_sha256, write_atomic
+from .run import UNCOMPARED, file_sha256, recorded_exports, write_atomic
 
 
 class StageState(Protocol):
@@ -83,18 +84,26 @@ def read_export(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError when it is absent, truncated, a pickle, or safetensors that no stage of ours wrote.
     """
-    path = Path(path)
+    with _opened(Path(path)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _described(file, Path(path))  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the export/model.safetensors of an earlier run")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("poserelay")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a hand-off file ({error}); give the export/model.safetensors of an earlier run "
             "(a .pth file is never unpickled here; `python -m poserelay import-weights` turns it into a hand-off file)"
         ) from error
+
+
+def _described(file: Any, path: Path) -> dict[str, Any]:
+    metadata = (file.metadata() or {}).get("poserelay")
     if metadata is None:
         raise UserError(f"{path}: safetensors without the metadata key 'poserelay'; give a file that a stage exported")
     try:
@@ -104,14 +113,56 @@ def read_export(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: the metadata 'poserelay' is damaged; export the file again") from error
     if found != FORMAT:
         raise UserError(f"{path}: hand-off format {found!r}, this version reads {FORMAT}; export it with this version")
-    return state, described
+    return described
+
+
+def verify_handoff(path: str | Path) -> str:
+    """The sha256 of a hand-off file, to be asked for before a stage reads or writes anything.
+
+    A file RUN/export/NAME.safetensors must be what the run RUN recorded of it when it finished. Of other files,
+    imported weights say, nothing is recorded.
+
+    Raises:
+        UserError: no such file, its run has not finished, or the file has changed since.
+    """
+    path = Path(path)
+    folder = Path(os.path.abspath(path)).parent
+    run = folder.parent
+    in_run = path.suffix == ".safetensors" and folder.name == "export"
+    if not in_run or not any((run / name).exists() for name in ("config.yaml", "status.json")):
+        with _opened(path):
+            return file_sha256(path)
+    exports = recorded_exports(run)
+    if exports is None:
+        damaged = (run / "done.json").exists()
+        problem = f"done.json of {run} is damaged" if damaged else f"the run {run} has not finished{_state(run)}"
+        raise UserError(f"{path}: {problem}; start that run again to go on, and this when it is done")
+    if path.name not in exports:
+        raise UserError(f"{path}: not a file that the run {run} wrote; it has {', '.join(sorted(exports))}")
+    sha256 = file_sha256(path) if path.is_file() else ""
+    if sha256 != exports[path.name]:
+        problem = "has changed" if sha256 else "is gone"
+        raise UserError(f"{path}: {problem} since the run {run} finished; start that run again, which writes it anew")
+    return sha256
+
+
+def _state(run: Path) -> str:
+    """What the status.json of a run says, in brackets; nothing where there is none, or a damaged one."""
+    try:
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+        return f" ({status['state']}, step {status['step']} of {status['total']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def upstream_of(path: str | Path) -> dict[str, Any]:
-    """What a later stage records of the file it starts from: its stage and sha256."""
-    with safe_open(path, framework="pt") as file:
-        stage = json.loads(file.metadata()["poserelay"])["stage"]
-    return {"stage": stage, "sha256": file_sha256(Path(path))}
+    """What a later stage records of the file it starts from: its stage and sha256.
+
+    Raises UserError as `verify_handoff` and `read_export`.
+    """
+    sha256 = verify_handoff(path)
+    with _opened(Path(path)) as file:
+        return {"stage": _described(file, Path(path))["stage"], "sha256": sha256}
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

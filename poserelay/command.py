@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -14,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from .config import PathField
 from .errors import UserError, exit_code
 
 Config = TypeVar("Config")
@@ -26,18 +29,19 @@ class _Parser(ArgumentParser):
         raise UserError(message)
 
 
-def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly: bool = False) -> Config:
+def parse(
+    config_class: type[Config], argv: Sequence[str], prog: str, *, partly: bool = False, references: bool = False
+) -> Config:
     """Read `--config FILE` and dotted overrides into the frozen dataclass `config_class`.
 
     `partly` leaves out the file's top-level fields that the class does not have: a command that reads one block of a
-    stage's recipe.
+    stage's recipe. `references` allows `${`: the launcher's own file, whose references it resolves.
 
     Raises UserError for an unknown field (with the nearest name), a value of the wrong type, a missing required field,
-    and every ValueError of a `__post_init__`; SystemExit(0) after `--help` and `--print_config`.
+    every ValueError of a `__post_init__`, and a text with `${`, which only a launcher resolves; SystemExit(0) after
+    `--help` and `--print_config`.
     """
-    parser = _Parser(prog=f"python -m {prog}", allow_abbrev=False, description=(config_class.__doc__ or "").strip())
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
-    parser.add_class_arguments(config_class, None)
+    parser = _parser(config_class, prog)
     files = _config_files(argv)
     for file in files:
         _check_yaml(file)
@@ -55,11 +59,56 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, *, partly:
         arguments = ["--config", yaml.safe_dump(blocks), *kept] if files else kept
     try:
         built = parser.instantiate(parser.parse_args(arguments))
-        return config_class(**{f.name: getattr(built, f.name) for f in dataclasses.fields(config_class)})  # pyright: ignore[reportArgumentType]
+        config = config_class(**{f.name: getattr(built, f.name) for f in dataclasses.fields(config_class)})  # pyright: ignore[reportArgumentType]
     except UserError as error:
         raise UserError(_explain(str(error), config_class, argv, files)) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{', '.join(map(str, files)) or 'command line'}: {error}") from error
+    for name, text in _texts(to_plain(config)):
+        if "${" in text and not references:
+            where, field = _source(name, argv, files)
+            raise UserError(
+                f"{where}field {field!r} is {text!r}; only `python -m launch` resolves ${{stage}}; write it out"
+            )
+    return config
+
+
+@functools.cache
+def _parser(config_class: type, prog: str) -> _Parser:
+    """Reading the fields and their help takes longer than a parse; a launcher parses hundreds of times."""
+    parser = _Parser(prog=f"python -m {prog}", allow_abbrev=False, description=(config_class.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class, None)
+    return parser
+
+
+def with_absolute_paths(config: Config, base: Path, moved: Callable[[Path], Path] = lambda path: path) -> Config:
+    """`config` with every path in it absolute, to be started from another folder.
+
+    A path is what a field holds whose type carries a `config.PathField`, also in a nested or optional dataclass or in
+    a list. It is joined to `base`, an absolute folder, where it is relative, and normalised; symbolic links stay. It
+    then becomes what `moved` makes of it, also where it was given as an absolute one.
+    """
+
+    def placed(value: Any, mark: PathField | None) -> Any:
+        if dataclasses.is_dataclass(value):
+            return with_absolute_paths(value, base, moved)
+        if isinstance(value, (list, tuple)):
+            return type(value)(placed(item, mark) for item in value)
+        if mark and isinstance(value, str) and mark.is_path(value):
+            return str(moved(Path(os.path.normpath(base / value))))
+        return value
+
+    owner: Any = config
+    hints = get_type_hints(type(config), include_extras=True)
+    names = [field.name for field in dataclasses.fields(owner)]
+    return dataclasses.replace(owner, **{name: placed(getattr(owner, name), path_mark(hints[name])) for name in names})
+
+
+def path_mark(hint: Any) -> PathField | None:
+    """The mark of a type, or of what it holds: `File`, `File | None`, `tuple[File, ...]`; None where it is no path."""
+    parts = [*getattr(hint, "__metadata__", ()), *map(path_mark, get_args(hint))]
+    return next((part for part in parts if isinstance(part, PathField)), None)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -107,11 +156,12 @@ def run_command(
     function: Callable[[Any], object],
     *,
     partly: bool = False,
+    references: bool = False,
 ) -> int:
     """Parse `argv` and call `function(config)`; return the exit code of the contract."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return exit_code(lambda: function(parse(config_class, arguments, prog, partly=partly)))
+        return exit_code(lambda: function(parse(config_class, arguments, prog, partly=partly, references=references)))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
 
@@ -184,15 +234,30 @@ def _explain(message: str, config_class: Any, argv: Sequence[str], files: Sequen
     if not unknown and not known:
         return text
     field = ".".join(part for part in (unknown or known).groups() if part)  # pyright: ignore[reportOptionalMemberAccess]
-    keys = [("", argument[2:].split("=")[0]) for argument in argv if argument.startswith("--")]
-    keys += [(f"{file}:{line}: ", key) for file in files for key, line in _yaml_keys(_compose(file))]
-    # Inside an optional dataclass the parser names only the last part of the key.
-    match = [item for item in keys if item[1] == field] or [item for item in keys if item[1].endswith("." + field)]
-    where, field = match[0] if match else ("", field)
+    where, field = _source(field, argv, files)
     if not unknown:
         return f"{where}field {field!r}: {text[known.end() :] if known else text}"
     near = difflib.get_close_matches(field, _field_names(config_class), n=1, cutoff=0.5)
     return f"{where}unknown field {field!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help for the fields")
+
+
+def _source(field: str, argv: Sequence[str], files: Sequence[Path]) -> tuple[str, str]:
+    """Where a field is given, `FILE:LINE: ` or nothing for an argument, and its whole dotted name."""
+    keys = [("", argument[2:].split("=")[0]) for argument in argv if argument.startswith("--")]
+    keys += [(f"{file}:{line}: ", key) for file in files for key, line in _yaml_keys(_compose(file))]
+    # Inside an optional dataclass the parser names only the last part of the key.
+    match = [item for item in keys if item[1] == field] or [item for item in keys if item[1].endswith("." + field)]
+    return match[0] if match else ("", field)
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a plain config with its dotted name; an item of a list has its list's."""
+    if isinstance(value, str):
+        yield name, value
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        yield from _texts(item, f"{name}.{key}" if name else key)
+    for item in value if isinstance(value, list) else ():
+        yield from _texts(item, name)
 
 
 def _compose(file: Path) -> yaml.Node:

@@ -6,7 +6,31 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class PathField:
+    """Marks the type of a field whose texts are paths, each of them where there are several (see `File`)."""
+
+    words: tuple[str, ...] = ()
+    """Values that are no paths, such as gt."""
+    suffixes: tuple[str, ...] = ()
+    """Where there are any, only values that end in one of them are paths."""
+
+    def is_path(self, value: str) -> bool:
+        """Whether a value of the field is a path; an empty one names nothing."""
+        named = value and value not in self.words
+        return bool(named) and (not self.suffixes or PurePath(value).suffix in self.suffixes)
+
+
+# The types of every field that names a file or a folder: `command.with_absolute_paths` finds them by their mark.
+File = Annotated[str, PathField()]
+OptionalFile = Annotated[str | None, PathField()]
+Boxes = Annotated[str, PathField(words=("gt",))]
+# Any other text is the name of a packaged skeleton or auto (`keypoints.load_skeleton`).
+SkeletonFile = Annotated[str, PathField(suffixes=(".yaml", ".yml"))]
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,7 @@ class ModelConfig:
     backbone: Named
     head: Named | None = None
     refiner: Named | None = None
-    skeleton: str = "auto"
+    skeleton: SkeletonFile = "auto"
     """Packaged name, path of a YAML file, or auto: derived from the annotation file's categories."""
     input: InputConfig = field(default_factory=InputConfig)
 
@@ -136,7 +160,7 @@ class LabelsConfig:
     """Share of the images in 0..1; a smaller share is contained in every larger one of the same seed."""
     count: int | None = None
     """Number of images, instead of a share."""
-    file: str | None = None
+    file: OptionalFile = None
     """List of images that `poserelay select` wrote, instead of a share."""
     seed: int = 0
     """Seed of the choice by ratio or count, apart from the run's own seed."""
@@ -165,11 +189,11 @@ class InspectConfig:
 class PrepareConfig:
     """Re-encode pictures at a small size and pack them into shards (webdataset tars) for pretraining."""
 
-    images: str
+    images: File
     """Folder of pictures, read with its subfolders."""
-    out: str
+    out: File
     """Folder for the shards and index.json; created, or continued where the same command was interrupted."""
-    annotations: str | None = None
+    annotations: OptionalFile = None
     """COCO JSON whose `images` list names the pictures inside the folder; null takes every picture in the folder."""
     short_side: int = 256
     """Pixels of the shorter side; smaller pictures keep their size."""
@@ -193,9 +217,9 @@ class PrepareConfig:
 class KnnConfig:
     """Watch a backbone by a weighted kNN classifier on labelled pictures (Wu et al., Instance Discrimination, 2018)."""
 
-    images: str
+    images: File
     """Folder with one subfolder of pictures per class (or shards of one): the bank that votes."""
-    queries: str | None = None
+    queries: OptionalFile = None
     """Folder of other pictures of these classes, to be classified; null classifies each of `images` by the others."""
     every: int = 10
     """Epochs between two evaluations; the last epoch is always evaluated."""
@@ -216,17 +240,17 @@ class KnnConfig:
 class SelectConfig:
     """Pick the pictures to annotate: those that cover the embedding space of a backbone, near-duplicates left out."""
 
-    checkpoint: str
+    checkpoint: File
     """Hand-off file (export/model.safetensors) of a backbone or a pose model."""
-    images: str
+    images: File
     """Folder of pictures, read with its subfolders."""
     count: int
     """Pictures to pick."""
-    out: str
+    out: File
     """JSON file for the list of them, which `labels.file` of a training stage takes."""
-    annotations: str | None = None
+    annotations: OptionalFile = None
     """COCO JSON whose `images` list names the pictures to pick from; null takes every picture in the folder."""
-    include: str | None = None
+    include: OptionalFile = None
     """Pictures that are labelled already and are to be complemented: an earlier list, or COCO annotations."""
     method: Literal["kmeans", "kcentre"] = "kmeans"
     """kmeans: the picture nearest to each of `count` cluster centres, typical ones, more where there are more; kcentre:
@@ -277,9 +301,9 @@ class ImportedInput:
 class ImportConfig:
     """Turn other projects' weights into a hand-off file, without running their pickles."""
 
-    weights: str
+    weights: File
     """The .pth, .ckpt or .safetensors file."""
-    out: str
+    out: File
     """The hand-off file to write, .safetensors."""
     layout: Literal[
         "auto",
@@ -299,7 +323,7 @@ class ImportConfig:
     """Whose names the keys have; auto tells it by the keys. The last three give pose models, the others backbones."""
     backbone: str = "auto"
     """Our name of the network, or timm's; auto tells ResNets, ResNeXt-50, HRNets and the mobile ones by their keys."""
-    skeleton: str = "auto"
+    skeleton: SkeletonFile = "auto"
     """Of a pose model, in the order of its heatmaps: packaged name or YAML file; auto: coco17 for 17, mpii16 for 16."""
     color: Literal["auto", "rgb", "bgr"] = "auto"
     """Channel order the weights expect; auto: bgr for pose_resnet, whose authors never converted, else rgb."""
@@ -314,11 +338,11 @@ class ImportConfig:
 class ExportConfig:
     """Write a hand-off file's backbone as a plain state dict with torchvision's or timm's names."""
 
-    checkpoint: str
+    checkpoint: File
     """The hand-off file of a stage."""
     layout: Literal["torchvision", "timm"]
     """Whose names the keys get."""
-    out: str
+    out: File
     """File to write, .pth or .safetensors."""
 
     def __post_init__(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +26,12 @@ Result = TypeVar("Result")
 RENDEZVOUS_SECONDS = 120
 # One process validates while the others wait for it.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+# What gloo, NCCL and the store say in a process whose peer is gone; their misuse and a full memory read otherwise.
+LOST_PEER = re.compile(
+    r"gloo/transport|Connection (closed|reset) by|connection was likely closed|remote process exited|ncclRemoteError"
+    r"|Broken pipe",
+    re.IGNORECASE,
+)
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -100,6 +108,19 @@ def _join(world: int, cuda: bool) -> None:
         ) from error
 
 
+@contextmanager
+def watching_peers(fabric: Fabric) -> Iterator[None]:
+    """Around all that the processes of a run do together: CheckFailed where another of them has ended in between."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not LOST_PEER.search(str(error)):
+            raise
+        # without the place in gloo's source before it, and the advice after it
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+        raise CheckFailed(f"another process of this run ended: {reason}; see its output, then start again") from error
+
+
 def sync_batch_norm(module: nn.Module, fabric: Fabric) -> nn.Module:
     """BatchNorm over all processes where there are several GPUs; on the CPU torch has it per process only."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
@@ -115,7 +136,8 @@ def on_rank_zero(fabric: Fabric, function: Callable[[], Result]) -> Result | Non
             result = function()
         except (UserError, CheckFailed) as error:
             problem = UserError(str(error)) if isinstance(error, UserError) else error
-    problem = fabric.broadcast(problem)
+    with watching_peers(fabric):
+        problem = fabric.broadcast(problem)
     if problem is not None:
         raise problem
     return result

@@ -33,6 +33,7 @@ from .config import PrepareConfig
 from .datasets.sampling import decode_image, epoch_order
 from .datasets.shards import FORMAT, INDEX, MARKER, Shard, read_index, scan_shard, write_index
 from .datasets.unlabelled import coco_images, list_images
+from .distributed import StopSignals
 from .errors import CheckFailed, Interrupted, UnreadableImage, UserError
 from .run import is_temporary, write_atomic, write_json, write_text
 
@@ -66,24 +67,25 @@ def prepare(config: PrepareConfig) -> list[Shard]:
     Raises:
         UserError: as `list_pictures`, `is_finished`, `locked` and `pack`.
         CheckFailed: more pictures than `config.max_unreadable` are unreadable.
-        Interrupted: by the keyboard.
+        Interrupted: by SIGTERM, SIGINT or SIGUSR2; the finished shards are kept.
     """
     out = Path(config.out)
-    pictures = list_pictures(config)
-    listed = "\n".join(f"{picture.name}\0{picture.size}" for picture in pictures)
-    recipe = {
-        "format": FORMAT,
-        "short_side": config.short_side,
-        "quality": config.quality,
-        "pictures_per_shard": config.pictures_per_shard,
-        "pictures": len(pictures),
-        "pictures_sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest(),
-    }
-    if not is_finished(out, recipe, config.resume):
-        with locked(out):
-            # Asked again: another process may have finished the set before we had the lock.
-            if not is_finished(out, recipe, config.resume):
-                pack(out, pictures, recipe, config)
+    with StopSignals() as signals:
+        pictures = list_pictures(config)
+        listed = "\n".join(f"{picture.name}\0{picture.size}" for picture in pictures)
+        recipe = {
+            "format": FORMAT,
+            "short_side": config.short_side,
+            "quality": config.quality,
+            "pictures_per_shard": config.pictures_per_shard,
+            "pictures": len(pictures),
+            "pictures_sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest(),
+        }
+        if not is_finished(out, recipe, config.resume):
+            with locked(out):
+                # Asked again: another process may have finished the set before we had the lock.
+                if not is_finished(out, recipe, config.resume):
+                    pack(out, pictures, recipe, config, signals)
     shards = read_index(out)
     shutil.rmtree(out / "records", ignore_errors=True)  # also where a kill came before it the last time
     size, originals = sum(shard.size for shard in shards), sum(picture.size for picture in pictures)
@@ -185,13 +187,15 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def pack(out: Path, pictures: Sequence[Picture], recipe: dict[str, Any], config: PrepareConfig) -> None:
+def pack(
+    out: Path, pictures: Sequence[Picture], recipe: dict[str, Any], config: PrepareConfig, signals: StopSignals
+) -> None:
     """Write the shards that are not there yet, then the index.
 
     Raises:
         UserError: the disk refuses.
         CheckFailed: more pictures than `config.max_unreadable` are unreadable.
-        Interrupted: by the keyboard.
+        Interrupted: `signals` has received one, or a second SIGINT did not wait for the picture to end.
     """
     cv2.setNumThreads(1)  # the threads share the cores
     if not (out / MARKER).exists():
@@ -211,7 +215,7 @@ def pack(out: Path, pictures: Sequence[Picture], recipe: dict[str, Any], config:
             finished = read_record(out, number)
             if finished:
                 bar.update(len(part))
-            shard, left_out = finished or write_shard(out, number, part, pool, encode, bar)
+            shard, left_out = finished or write_shard(out, number, part, pool, encode, bar, signals)
             shards.append(shard)
             unreadable += left_out
             if len(unreadable) > config.max_unreadable * len(pictures) or len(unreadable) == len(pictures):
@@ -221,7 +225,7 @@ def pack(out: Path, pictures: Sequence[Picture], recipe: dict[str, Any], config:
                     f"repair or remove them and choose a new folder, or raise max_unreadable ({config.max_unreadable})"
                 )
     except KeyboardInterrupt:
-        raise Interrupted(f"{out}: the finished shards are kept; start the same command again to go on") from None
+        raise interrupted("SIGINT", out) from None
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -236,8 +240,12 @@ def write_shard(
     pool: ThreadPoolExecutor,
     encode: Callable[[Picture], bytes | UnreadableImage | OSError],
     bar: tqdm[Any],
+    signals: StopSignals,
 ) -> tuple[Shard, list[str]]:
-    """Encode the pictures, write their tar, then its record; returns it and the messages of what was left out."""
+    """Encode the pictures, write their tar, then its record; returns it and the messages of what was left out.
+
+    Raises Interrupted, between two pictures, where `signals` has received one.
+    """
     unreadable: list[str] = []
     refused = 0
 
@@ -245,6 +253,8 @@ def write_shard(
         nonlocal refused
         with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as archive:
             for picture, encoded in zip(pictures, pool.map(encode, pictures), strict=True):
+                if signals.received:
+                    raise interrupted(signals.received, out)
                 if isinstance(encoded, bytes):
                     archive.write({"__key__": picture.key, "jpg": encoded})
                 else:
@@ -262,6 +272,11 @@ def write_shard(
     if not refused:
         write_json(record_path(out, number), {**shard._asdict(), "path": path.name, "unreadable": unreadable})
     return shard, unreadable
+
+
+def interrupted(reason: str, out: Path) -> Interrupted:
+    """The end of a command that a signal stopped, by name."""
+    return Interrupted(f"{out}: {reason}; the finished shards are kept; start the same command again to go on")
 
 
 def read_record(out: Path, number: int) -> tuple[Shard, list[str]] | None:

@@ -136,11 +136,13 @@ class Run:
 
     def finish(self, metrics: Mapping[str, Any], upstream: Mapping[str, Any] | None, threads: int) -> None:
         """Write done.json, the last file of a run, and the final status."""
+        exports = {file.name: file_sha256(file) for file in sorted(self.export_path.parent.glob("*.safetensors"))}
         write_json(
             self.path / "done.json",
             {
                 "stage": self.stage,
-                "export_sha256": file_sha256(self.export_path),
+                "export_sha256": exports[self.export_path.name],
+                "exports": exports,
                 "upstream": upstream,
                 "metrics": metrics,
                 "versions": _versions(),
@@ -209,7 +211,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
         write_text(known, f"# python -m {stage} --config THIS_FILE\n{yaml.safe_dump(dict(config), sort_keys=False)}")
     attempts = [row["attempt"] for row in _rows(path / "metrics.jsonl") if isinstance(row.get("attempt"), int)]
     run = Run(path, stage, config, lock, max(attempts, default=0) + 1)
-    run.log("start", 0, host=socket.gethostname(), versions=_versions())
+    run.log("start", 0, host=socket.gethostname(), versions=_versions(), code=str(Path(__file__).resolve().parent))
     return run
 
 
@@ -229,19 +231,24 @@ def running(run: Run | None) -> Iterator[None]:
 
 
 def is_finished(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `path` holds the finished run of this very configuration, its export as it was written."""
-    export = path / "export" / "model.safetensors"
-    if not all(file.exists() for file in (path / "done.json", path / "config.yaml", export)):
+    """Whether `path` holds the finished run of this very configuration, its exports as they were written."""
+    exports = recorded_exports(path)
+    if not exports or not (path / "config.yaml").exists() or _differences(read_config(path), config):
         return False
+    files = {path / "export" / name: sha256 for name, sha256 in exports.items()}
+    return all(file.exists() and file_sha256(file) == sha256 for file, sha256 in files.items())
+
+
+def recorded_exports(path: Path) -> dict[str, str] | None:
+    """The sha256 of the hand-off files of a finished run by their names, model.safetensors always being one.
+
+    None where the run directory `path` has no done.json, or a damaged one.
+    """
     try:
         done = json.loads((path / "done.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return (
-        isinstance(done, dict)
-        and done.get("export_sha256") == file_sha256(export)
-        and not _differences(read_config(path), config)
-    )
+        return {**done.get("exports", {}), "model.safetensors": done["export_sha256"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -339,8 +346,17 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `+` when it has local changes; None outside a checkout."""
+    """Commit of the checkout this package runs from, with `+` when it has local changes; None outside a checkout.
+
+    Of a launcher's copy of the code, its SNAPSHOT.json tells; git would tell of a checkout that the copy lies in.
+    """
     here = Path(__file__).resolve().parent
+    snapshot = here.parent / "SNAPSHOT.json"
+    if snapshot.exists():
+        try:
+            return json.loads(snapshot.read_text(encoding="utf-8"))["commit"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changes = subprocess.run(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import verify_handoff
 from .config import SelectConfig
 from .datasets.coco import check_images_exist, read_coco, read_image_list
 from .datasets.sampling import draw_generator
@@ -24,7 +25,6 @@ from .distributed import start
 from .embeddings import embed, load_backbone
 from .errors import UserError
 from .neighbours import CHUNK, Backend, nearest, unit
-from .run import file_sha256
 from .subsets import Subset, is_subset, read_subset, write_subset
 
 Method = Literal["kmeans", "kcentre"]
@@ -46,6 +46,7 @@ def main(config: SelectConfig) -> None:
     """Entry of `poserelay select`; prints the path of the list. Raises UserError, CheckFailed."""
     out = Path(config.out)
     check_out(out, config)
+    checkpoint_sha256 = verify_handoff(config.checkpoint)
     candidates = picture_names(config.images, config.annotations)
     included = labelled_names(config.include, config.images) if config.include else []
     names = sorted(set(candidates) - set(included))
@@ -79,7 +80,7 @@ def main(config: SelectConfig) -> None:
         count=config.count,
         seed=config.seed,
         duplicate_similarity=config.duplicate_similarity,
-        checkpoint_sha256=file_sha256(Path(config.checkpoint)),
+        checkpoint_sha256=checkpoint_sha256,
     )
     write_subset(out, subset)
     duplicates = len(readable) - selection.distinct

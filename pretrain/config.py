@@ -6,18 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import KnnConfig, ModelConfig, Named, check_loop_fields, check_ranges
+from poserelay.config import File, KnnConfig, ModelConfig, Named, OptionalFile, check_loop_fields, check_ranges
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Unlabelled pictures."""
 
-    images: str | None = None
+    images: OptionalFile = None
     """Folder of pictures, read with its subfolders (ImageNet's train folder), or of tar shards (poserelay prepare)."""
-    annotations: str | None = None
+    annotations: OptionalFile = None
     """COCO JSON whose `images` list names the pictures inside the folder; null takes every picture in the folder."""
-    more_images: tuple[str, ...] = ()
+    more_images: tuple[File, ...] = ()
     """Further folders, pictures like `images`, which an epoch visits too (COCO's unlabeled2017)."""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class PretrainConfig:
 
     model: ModelConfig
     """The backbone that is handed off and the size of its views; without a head."""
-    run_dir: str
+    run_dir: File
     """Folder of this run; started again in the same folder it resumes."""
     data: DataConfig = field(default_factory=DataConfig)
     method: Named = field(default_factory=lambda: Named("mscl"))

@@ -31,7 +31,7 @@ from poserelay.checkpoint import (
 from poserelay.command import to_plain
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.unlabelled import collate_views
-from poserelay.distributed import StopSignals, on_rank_zero, start
+from poserelay.distributed import StopSignals, on_rank_zero, start, watching_peers
 from poserelay.embeddings import load_backbone
 from poserelay.errors import Interrupted, UnreadableImage, UserError
 from poserelay.model import normalise
@@ -95,11 +95,12 @@ def main(config: LinearConfig) -> None:
     if config.resume != "never" and is_finished(run_dir, plain):
         print(f"{run_dir}: already finished", file=sys.stderr)
         return
+    upstream = upstream_of(config.init_from)
     data = load_class_folders(config.data, config.size)
-    features, upstream = Features(config.init_from, config.size), upstream_of(config.init_from)
+    features = Features(config.init_from, config.size)
     fabric = start(config.device, config.precision, config.threads)
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain linear", plain, config.resume))
-    with running(run):
+    with running(run), watching_peers(fabric):
         train(fabric, features, data, config, run, upstream)
 
 

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import check_loop_fields, check_ranges
+from poserelay.config import File, check_loop_fields, check_ranges
 
 
 @dataclass(frozen=True)
 class LinearDataConfig:
     """Pictures in one folder per class; a picture's class is the name of the folder it lies in."""
 
-    train: str
+    train: File
     """Folder of class folders (ImageNet's train)."""
-    validation: str
+    validation: File
     """Folder of class folders, of the same classes or some of them (ImageNet's val)."""
 
 
@@ -47,10 +47,10 @@ class LinearOptimConfig:
 class LinearConfig:
     """Train a linear classifier on the frozen features of a backbone and report top-1 and top-5 (SimSiam, 2021)."""
 
-    init_from: str
+    init_from: File
     """Hand-off file (export/model.safetensors) whose backbone is probed; it is left as it is."""
     data: LinearDataConfig
-    run_dir: str
+    run_dir: File
     """Folder of this run; started again in the same folder it resumes."""
     size: int = 224
     """Side of the crops, pixels; validation crops the centre of a picture whose shorter side is 8/7 of this."""

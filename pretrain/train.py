@@ -29,7 +29,7 @@ from poserelay.datasets.unlabelled import (
     coco_images,
     collate_views,
 )
-from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm
+from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import CheckFailed, Interrupted, UserError
 from poserelay.model import build_backbone, check_kwargs, normalise
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
@@ -78,7 +78,7 @@ def main(config: PretrainConfig) -> None:
     backbone = build_backbone(config.model.backbone)
     method = build_method(config, backbone) if images else None
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "pretrain", plain, config.resume))
-    with running(run):
+    with running(run), watching_peers(fabric):
         if images and method:
             train(fabric, method, images, knn, config, run)
         if run:

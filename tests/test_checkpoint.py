@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from evaluation.__main__ import main as evaluation
+from finetune.__main__ import main as finetune
+from poserelay.__main__ import main as poserelay
 from poserelay.checkpoint import (
     UNUSED_FUSE_ROWS,
     describe,
@@ -22,6 +26,8 @@ from poserelay.checkpoint import (
     read_export,
     rows_by_joint,
     save_resume,
+    upstream_of,
+    verify_handoff,
     write_export,
 )
 from poserelay.command import to_plain
@@ -29,6 +35,8 @@ from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.errors import UserError
 from poserelay.keypoints import Skeleton, load_skeleton
 from poserelay.model import PoseModel, build_backbone, build_model, load_model
+from poserelay.run import is_finished, open_run
+from pretrain.__main__ import main as pretrain
 
 BACKBONE = Named("timm", {"model": "test_resnet"})
 SMALL = Named("simple", {"deconv_channels": [8]})
@@ -145,6 +153,108 @@ def test_hrnets_unused_fusions_are_the_one_exception(tmp_path: Path) -> None:
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, backbone.state_dict()[name])
     assert not UNUSED_FUSE_ROWS.match("stage4.2.fuse_layers.0.9")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The hand-off file of a finished run, with those of its two networks beside it."""
+    run = open_run(tmp_path / "run", "semi", {"seed": 1}, "auto")
+    model = build_model(config())
+    for name in ("model", "net1", "net2"):
+        export(model, run.path / f"export/{name}.safetensors", method=name)
+    run.heartbeat(7, 9)
+    run.finish({}, None, threads=1)
+    run.close()
+    return run.export_path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_file_that_a_run_handed_off_is_recorded(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = json.loads((finished.parents[1] / "done.json").read_text())
+    files = [finished.with_name(f"{name}.safetensors") for name in ("model", "net1", "net2")]
+    assert done["exports"] == {file.name: digest(file) for file in files}
+    assert done["export_sha256"] == digest(finished)
+    assert [verify_handoff(file) for file in files] == [digest(file) for file in files]
+    assert len({digest(file) for file in files}) == 3
+    monkeypatch.chdir(finished.parent)
+    assert upstream_of("model.safetensors") == {"stage": "finetune", "sha256": digest(finished)}
+
+
+def test_the_record_of_an_older_run_is_enough(finished: Path) -> None:
+    file = finished.parents[1] / "done.json"
+    done = json.loads(file.read_text())
+    del done["exports"]
+    file.write_text(json.dumps(done))
+    assert verify_handoff(finished) == digest(finished)
+    with pytest.raises(UserError, match=r"not a file that the run .* wrote; it has model\.safetensors"):
+        verify_handoff(finished.with_name("net1.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["model", "net2"])
+def test_a_file_that_changed_since_its_run_finished(finished: Path, name: str) -> None:
+    path = finished.with_name(f"{name}.safetensors")
+    assert is_finished(finished.parents[1], {"seed": 1})
+    export(build_model(config("lsp14")), path)
+    with pytest.raises(UserError, match=rf"{name}\.safetensors: has changed since the run .*run finished; start that"):
+        verify_handoff(path)
+    assert not is_finished(finished.parents[1], {"seed": 1})  # so that starting it again does write it anew
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name}\.safetensors: is gone since the run"):
+        verify_handoff(path)
+    assert not is_finished(finished.parents[1], {"seed": 1})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"export_sha256": null, "exports": [1]}'])
+def test_a_damaged_record_is_told(finished: Path, text: str) -> None:
+    (finished.parents[1] / "done.json").write_text(text)
+    with pytest.raises(UserError, match=r"done\.json of .*run is damaged; start that run again"):
+        verify_handoff(finished)
+
+
+def test_files_of_no_run_are_taken_as_they_are(finished: Path, tmp_path: Path) -> None:
+    """Also in a folder called export; and a run directory's other folders are not its hand-off."""
+    for folder in ("export", "elsewhere", "run/copies"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "model.safetensors"
+        export(build_model(config("lsp14")), file)
+        assert verify_handoff(file) == digest(file)
+    with pytest.raises(UserError, match="no such file"):
+        verify_handoff(tmp_path / "elsewhere/none.safetensors")
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(Exploit(tmp_path / "marker")))
+    with pytest.raises(UserError, match="not a hand-off file"):
+        upstream_of(tmp_path / "a.pth")
+
+
+COMMANDS = {
+    "finetune": (
+        finetune,
+        "--model.backbone.name resnet18 --model.head.name simple --data.annotations a --data.images i --run_dir NEW "
+        "--init_from FILE",
+    ),
+    "linear": (pretrain, "linear --data.train a --data.validation a --run_dir NEW --init_from FILE"),
+    "select": (poserelay, "select --images i --count 3 --out NEW --checkpoint FILE"),
+    "test": (evaluation, "test --annotations a --images i --out NEW --checkpoint FILE"),
+    "predict": (evaluation, "predict --images i --out NEW --checkpoint FILE"),
+    "gradcam": (evaluation, "visualize --figure gradcam --device cpu --images i --out NEW --checkpoints [FILE]"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_reader_of_an_unfinished_run_stops_first(
+    finished: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished.parents[1] / "done.json").unlink()
+    status = finished.parents[1] / "status.json"
+    status.write_text(status.read_text().replace('"done"', '"running"'))
+    main, words = COMMANDS[command]
+    assert main(words.replace("NEW", str(tmp_path / "new")).replace("FILE", str(finished)).split()) == 2
+    error = capsys.readouterr().err
+    assert f"the run {finished.parents[1]} has not finished (running, step 7 of 9); start that run again" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 class Exploit:

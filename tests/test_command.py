@@ -36,6 +36,8 @@ class Config:
     """Folder of the run."""
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     optim: Optim = field(default_factory=Optim)
+    pictures: list[str] = field(default_factory=list)
+    """Folders."""
 
 
 BASE = (
@@ -104,6 +106,29 @@ def test_mistakes_are_named(
     message = error(tmp_path, capsys, text, *arguments)
     for part in expected:
         assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        (BASE.replace("runs/a", "${pretrain}/a"), (), ["a.yaml:4: ", "field 'run_dir' is '${pretrain}/a'"]),
+        (BASE, ("--run_dir", "x${a"), ["error: field 'run_dir' is 'x${a'"]),
+        (BASE, ("--labels.file", "${select}"), ["error: field 'labels.file'"]),
+        (BASE.replace("[8, 8]", "[8, '${a}']"), (), ["a.yaml:3: field 'model.head.kwargs.deconv_channels' is '${a}'"]),
+        (BASE + "pictures: [a, '${b}/c']\n", (), ["a.yaml:5: field 'pictures' is '${b}/c'"]),
+    ],
+)
+def test_only_a_launcher_resolves_references(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: tuple[str, ...], expected: list[str]
+) -> None:
+    message = error(tmp_path, capsys, text, *arguments)
+    for part in (*expected, "only `python -m launch` resolves ${stage}"):
+        assert part in message, message
+
+
+def test_a_dollar_alone_is_a_text_like_any_other(tmp_path: Path) -> None:
+    config = parse(Config, ["--model.backbone.name", "a", "--run_dir", "$a{b}"], "stage")
+    assert config.run_dir == "$a{b}"
 
 
 def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from poserelay.__main__ import main
 from poserelay.config import PrepareConfig
 from poserelay.datasets.shards import ShardPictures, find_pictures
 from poserelay.errors import UserError
-from poserelay.preparation import locked, prepare, unique_keys
+from poserelay.preparation import list_pictures, locked, prepare, unique_keys
 
 from .processes import finish, kill, start
 
@@ -394,6 +395,56 @@ def test_stopped_in_the_middle(
     os.truncate(tmp_path / "cut/shard-000001.tar", 700)
     assert main(arguments(many, tmp_path / "cut")) == 0
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_ends_at_the_next_picture(
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    """Exit 75, the finished shards kept; and afterwards this process heeds signals as before."""
+    assert main(arguments(many, tmp_path / "whole")) == 0
+    before = signal.getsignal(number)
+    write = preparation.TarWriter.write
+    written = 0
+
+    def send(*arguments: Any) -> int:
+        nonlocal written
+        written += 1
+        if written == 17:
+            os.kill(os.getpid(), number)
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.TarWriter, "write", send)
+        assert main([*arguments(many, tmp_path / "cut"), "--workers", "2"]) == 75
+    assert written == 17
+    assert f"interrupted: {tmp_path / 'cut'}: {number.name}; the finished shards are kept" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "cut").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
+    assert signal.getsignal(number) is before
+    assert main(arguments(many, tmp_path / "cut")) == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_picture_is_not_lost(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing a large folder takes minutes; a finished set is done all the same."""
+
+    def list_slowly(config: PrepareConfig) -> list[preparation.Picture]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return list_pictures(config)
+
+    monkeypatch.setattr(preparation, "list_pictures", list_slowly)
+    assert main(arguments(many, tmp_path / "out")) == 75
+    assert not list((tmp_path / "out").glob("*.tar"))
+    monkeypatch.setattr(preparation, "list_pictures", list_pictures)
+    assert main(arguments(many, tmp_path / "out")) == 0
+    monkeypatch.setattr(preparation, "list_pictures", list_slowly)
+    assert main(arguments(many, tmp_path / "out")) == 0
 
 
 def test_the_pictures_of_a_coco_file(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

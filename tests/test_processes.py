@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from poserelay import distributed
 from poserelay.checkpoint import read_export
+from poserelay.errors import CheckFailed
 from poserelay.run import read_metrics
 
-from .processes import finish, ranks, start
+from .processes import finish, kill, ranks, start
 from .test_training import STAGES, Stage
 
 NO_BATCH_NORM = (
@@ -61,6 +68,55 @@ def test_a_process_that_waits_in_vain_names_the_host(
     alone = ranks(2)[1]
     assert finish(start(finetune, arguments(people, tmp_path / "run"), tmp_path / "log", alone)) == 2
     assert f"no rendezvous at 127.0.0.1:{alone['MASTER_PORT']} within 2 s" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("name", "killed"), [("finetune", 0), ("pretrain", 1)])
+def test_a_killed_process_ends_the_other(people: Path, tmp_path: Path, name: str, killed: int) -> None:
+    """Within seconds and in one line, whichever of them it is."""
+    main, arguments = STAGES[name]
+    run = tmp_path / "run"
+    argv = arguments(people, run, "--optim.epochs", "2000")
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    both = [start(main, argv, log, environment) for log, environment in zip(logs, ranks(2), strict=True)]
+    until = time.monotonic() + 60
+    while not any(row["step"] >= 3 for row in read_metrics(run / "metrics.jsonl")):
+        assert time.monotonic() < until, [log.read_text() for log in logs]
+        time.sleep(0.01)
+    kill(both[killed])
+    left = logs[1 - killed]
+    assert finish(both[1 - killed], seconds=10) == 3, left.read_text()
+    last = left.read_text().splitlines()[-1]
+    assert re.fullmatch(
+        r"stopped: another process of this run ended: .*Connection (reset|closed) by peer( \S+)?; see its output, then "
+        r"start again",
+        last,
+    )
+    assert "Traceback" not in left.read_text()
+    if killed == 1:
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], f"stopped: {status['reason']}") == ("failed", last)
+
+
+def test_only_a_lost_peer_is_taken_for_one() -> None:
+    several: Any = SimpleNamespace(world_size=2)
+    alone: Any = SimpleNamespace(world_size=1)
+    lost = "[/pytorch/gloo/transport/tcp/pair.cc:1] Connection closed by peer [10.0.0.1]:2. Check the logs.\nmore"
+    others = [
+        (several, RuntimeError("CUDA out of memory")),
+        (several, RuntimeError("NCCL error: invalid usage; Duplicate GPU detected : rank 1 and rank 0")),
+        (several, RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")),
+        (several, OSError(errno.EPIPE, "Broken pipe")),
+        (alone, RuntimeError(lost)),
+    ]
+    for fabric, error in others:
+        with pytest.raises(type(error)) as raised, distributed.watching_peers(fabric):
+            raise error
+        assert raised.value is error
+    with pytest.raises(CheckFailed) as stopped, distributed.watching_peers(several):
+        raise RuntimeError(lost)
+    assert str(stopped.value) == (
+        "another process of this run ended: Connection closed by peer [10.0.0.1]:2; see its output, then start again"
+    )
 
 
 def test_another_number_of_processes_does_not_resume(people: Path, tmp_path: Path) -> None:

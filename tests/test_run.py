@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poserelay import run as runs
 from poserelay.errors import UserError
 from poserelay.run import file_sha256, is_finished, open_run, read_metrics, write_atomic, write_json
 
@@ -84,6 +86,33 @@ def test_finished(tmp_path: Path) -> None:
     assert done["metrics"] == {"AP": 0.5}
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["total"]) == ("done", 10, 10)
+
+
+def test_a_copy_of_the_code_tells_its_own_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a launcher makes it, in a folder of a checkout that has another commit by now."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *names, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    code = tmp_path / "runs/launch/code"
+    (code / "poserelay").mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(code / "poserelay/run.py"))
+
+    def recorded(name: str) -> object:
+        run = open_run(tmp_path / name, "finetune", CONFIG, "auto")
+        run.export_path.parent.mkdir()
+        run.export_path.write_bytes(b"weights")
+        run.finish({}, None, threads=1)
+        run.close()
+        start = next(row for row in read_metrics(run.path / "metrics.jsonl") if row["kind"] == "start")
+        assert start["code"] == str(code / "poserelay")
+        return json.loads((run.path / "done.json").read_text())["git_commit"]
+
+    assert recorded("checkout") == f"{head.stdout.strip()}+"
+    (code / "SNAPSHOT.json").write_text('{"commit": "abc"}')
+    assert recorded("snapshot") == "abc"
+    (code / "SNAPSHOT.json").write_text("{")
+    assert recorded("damaged") is None
 
 
 def test_metrics_survive_a_torn_line_and_a_second_attempt(tmp_path: Path) -> None:

@@ -216,7 +216,28 @@ def test_init_from_must_stay_the_same_file(people: Path, tmp_path: Path, capsys:
     assert pretrain(pretrain_arguments(people, tmp_path / "pre2", "--seed", "9")) == 0
     os.replace(tmp_path / "pre2/export/model.safetensors", export)
     assert finetune(arguments) == 2
+    assert f"{export}: has changed since the run {tmp_path / 'pre'} finished" in capsys.readouterr().err
+    os.replace(tmp_path / "pre2/done.json", tmp_path / "pre/done.json")  # another run, finished, in its place
+    assert finetune(arguments) == 2
     assert "init_from: the file has changed" in capsys.readouterr().err
+
+
+def test_an_unfinished_upstream_starts_nothing(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted, the earlier stage has no export; gone on with, it has, and the later stage takes it."""
+    earlier = pretrain_arguments(people, tmp_path / "pre", "--optim.epochs", "3")
+    with stop_after(tmp_path / "pre", 3, signal.SIGTERM):
+        assert pretrain(earlier) == 75
+    export = tmp_path / "pre/export/model.safetensors"
+    later = finetune_arguments(people, tmp_path / "fine", "--init_from", str(export), "--optim.epochs", "1")
+    later += ["--optim.drops", "[]"]
+    capsys.readouterr()
+    assert finetune(later) == 2
+    assert f"{export}: the run {tmp_path / 'pre'} has not finished (interrupted, step" in capsys.readouterr().err
+    assert not (tmp_path / "fine").exists()
+    assert pretrain(earlier) == 0
+    assert finetune(later) == 0
 
 
 def test_validation_and_best(people: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..config import File
 from ..errors import UserError
 from ..keypoints import Skeleton, load_skeleton
 from ..run import is_temporary, write_json
@@ -35,7 +36,7 @@ RENDERER = 1  # raise it when the pictures of a seed change, so that an old fold
 class SynthesizeConfig:
     """Render pictures of people with COCO-keypoint annotations (17 joints)."""
 
-    out: str
+    out: File
     """Folder for images/ and annotations.json; created, or continued where the same command was interrupted."""
     images: int = 1000
     """Number of pictures, with one to four people each."""
