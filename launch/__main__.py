@@ -1,0 +1,90 @@
+"""`python -m launch --config GRAPH [--field value ...]`, and `python -m launch COMMAND RUN` to look after it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poserelay.command import run_command, run_commands
+from poserelay.errors import exit_code
+
+from .config import CancelConfig, CollectConfig, LaunchConfig, LogsConfig, ResumeConfig, StatusConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit a graph or run a command; returns the exit code."""
+
+    def of(module: str, function: str) -> Callable[[Any], object]:
+        return lambda config: getattr(import_module(f"launch.{module}"), function)(config)
+
+    commands = {
+        "status": (StatusConfig, of("status", "main"), ("run",)),
+        "logs": (LogsConfig, of("control", "logs"), ("run", "stage")),
+        "cancel": (CancelConfig, of("control", "cancel"), ("run",)),
+        "resume": (ResumeConfig, of("submission", "resume"), ("run",)),
+        "collect": (CollectConfig, of("collect", "main"), ("run",)),
+    }
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and (arguments[0].startswith("--") or arguments[0] == "-h"):
+        return launch(["--help" if argument == "-h" else argument for argument in arguments])
+    if arguments[:1] and arguments[0] in commands:
+        arguments = name_positions(arguments, commands[arguments[0]][2])
+    else:
+        print("python -m launch --config GRAPH submits; python -m launch --help lists its fields.\n", file=sys.stderr)
+    return run_commands(arguments, "launch", {name: (c, function) for name, (c, function, _) in commands.items()})
+
+
+def launch(arguments: list[str]) -> int:
+    """Submit a graph; `--STAGE.FIELD VALUE` goes to the stage."""
+    from .graph import split_arguments
+
+    more: dict[str, list[str]] = {}
+
+    def split() -> None:
+        nonlocal arguments, more
+        arguments, more = split_arguments(arguments, stage_names(arguments))
+
+    def submit(config: LaunchConfig) -> None:
+        from .submission import launch as run
+
+        run(config, more, graph_file(arguments) or "command line")
+
+    return exit_code(split) or run_command(arguments, "launch", LaunchConfig, submit, references=True)
+
+
+def graph_file(arguments: Sequence[str]) -> str | None:
+    """What follows --config."""
+    following = [*arguments[1:], ""]
+    named = [after for argument, after in zip(arguments, following, strict=True) if argument == "--config"]
+    named += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return named[-1] if named else None
+
+
+def stage_names(arguments: Sequence[str]) -> list[str]:
+    """Names under `stages` of the graph file; none where it cannot be read, which is told when it is parsed."""
+    file = graph_file(arguments)
+    try:
+        graph = yaml.safe_load(Path(file).read_text("utf-8-sig")) if file else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    stages = graph.get("stages") if isinstance(graph, dict) else None
+    return [name for name in stages if isinstance(name, str)] if isinstance(stages, dict) else []
+
+
+def name_positions(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """`status RUN` as `status --run RUN`."""
+    named = list(arguments[:1])
+    rest = list(arguments[1:])
+    for field in fields:
+        if rest and not rest[0].startswith("-"):
+            named += [f"--{field}", rest.pop(0)]
+    return [*named, *rest]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The commands that a graph may run, with what each writes and hands off. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evaluation.config import PredictConfig, ReportConfig, TestConfig, VisualizeConfig
+from finetune.config import FinetuneConfig
+from poserelay.config import ExportConfig, ImportConfig, PrepareConfig, SelectConfig
+from poserelay.synthesize import SynthesizeConfig
+from pretrain.config import PretrainConfig
+from pretrain.linear_config import LinearConfig
+
+EXPORT = "export/model.safetensors"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a stage or of the shared package."""
+
+    config: type
+    """Dataclass of its fields."""
+    field: str
+    """The field that says where it writes: run_dir or out."""
+    written: str
+    """What that field names, relative to the job's folder; empty: the folder itself."""
+    hands_off: str
+    """What `${stage}` stands for, relative to the job's folder; empty: the folder itself."""
+    trains: bool = False
+    """Whether it keeps a run directory, and may run as several processes."""
+
+
+COMMANDS = {
+    "pretrain": Command(PretrainConfig, "run_dir", "", EXPORT, trains=True),
+    "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, trains=True),
+    "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, trains=True),
+    "evaluation test": Command(TestConfig, "out", "", ""),
+    "evaluation predict": Command(PredictConfig, "out", "", ""),
+    "evaluation visualize": Command(VisualizeConfig, "out", "", ""),
+    "evaluation report": Command(ReportConfig, "out", "", ""),
+    "poserelay synthesize": Command(SynthesizeConfig, "out", "", ""),
+    "poserelay prepare": Command(PrepareConfig, "out", "", ""),
+    "poserelay select": Command(SelectConfig, "out", "chosen.json", "chosen.json"),
+    "poserelay import-weights": Command(ImportConfig, "out", EXPORT, EXPORT),
+    "poserelay export-weights": Command(ExportConfig, "out", "weights.pth", "weights.pth"),
+}

@@ -1,0 +1,193 @@
+"""What a launch has on disk beside its jobs' own folders. Imports no torch.
+
+RUN/launch/plan.json        the jobs, as submitted; its presence makes RUN a launch
+RUN/launch/graph.yaml       the graph file and options, resolved
+RUN/launch/submitted.json   what became of each submission: Slurm's job id, or the process of the local launcher
+RUN/launch/code/            the code that the jobs run, with SNAPSHOT.json and local.diff
+RUN/launch/jobs/JOB/        config.yaml, attempts.jsonl, rank0.log, rank1.log ...
+RUN/JOB/                    the job's own folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from poserelay.errors import UserError
+from poserelay.run import write_json
+
+from .attempts import ended_well, read_events
+from .commands import COMMANDS
+from .config import Local, Resources, Slurm
+from .graph import Job
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch: where its jobs run, and which they are."""
+
+    run: Path
+    """Absolute."""
+    cluster: str
+    graph: str
+    """Path of the graph file as it was given."""
+    commit: str | None
+    """Of the checkout at submission, with `+` where it had local changes."""
+    code: str
+    """Folder of the code that the jobs run."""
+    max_requeues: int
+    local: Local
+    jobs: list[Job]
+
+    def record(self, job: Job) -> Path:
+        """Folder of a job's configuration, attempts and logs."""
+        return self.run / "launch" / "jobs" / job.name
+
+    def named(self, stage: str) -> list[Job]:
+        """Jobs of a stage, or the one of this name. Raises UserError where there is none."""
+        found = [job for job in self.jobs if stage in (job.stage, job.name)]
+        if not found:
+            names = list(dict.fromkeys(job.stage for job in self.jobs))
+            raise UserError(f"{self.run}: no stage or job {stage!r} in this launch; choose from {', '.join(names)}")
+        return found
+
+
+@dataclass
+class Submitted:
+    """What a submission left to look after."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+    """Job name to Slurm's id of its last submission, 123 or 123_4."""
+    cancelled: list[str] = field(default_factory=list)
+    """Jobs that `launch cancel` stopped and nothing has started again."""
+    host: str | None = None
+    """Of the process that runs the jobs itself (local, debug)."""
+    pid: int | None = None
+    """Its process id."""
+    time: float = 0.0
+    """Of the last submission, seconds since 1970."""
+
+
+def make_launch(run: Path) -> Path:
+    """Make RUN/launch for a new launch, and no other can.
+
+    Raises:
+        UserError: a launch is here, or was interrupted before its jobs were recorded; the folder cannot be made.
+    """
+    folder = run / "launch"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError as error:
+        if not folder.exists():
+            raise UserError(f"run_dir {run}: not a folder; name another one") from error
+        if (folder / "plan.json").exists():
+            raise UserError(
+                f"{run}: a launch is already here; `python -m launch status {run}` tells how it stands, "
+                "`launch resume` goes on with it, another run_dir starts anew"
+            ) from error
+        raise UserError(
+            f"{run}: another launch is being submitted here, or was interrupted before it submitted anything; wait, or "
+            "name another run_dir"
+        ) from error
+    except OSError as error:
+        raise UserError(f"run_dir {run}: cannot be made: {error.strerror}; name another folder") from error
+    return folder
+
+
+def write_plan(plan: Plan) -> None:
+    """Write plan.json, atomically: from now on RUN is a launch."""
+    values = {
+        "format": FORMAT,
+        **{name: getattr(plan, name) for name in ("cluster", "graph", "commit", "code", "max_requeues")},
+        "local": asdict(plan.local),
+        "jobs": [asdict(job) for job in plan.jobs],
+    }
+    write_json(plan.run / "launch" / "plan.json", values)
+
+
+def read_plan(run: str | Path) -> Plan:
+    """The launch of a folder. Raises UserError where there is none, or its plan.json is damaged."""
+    path = Path(os.path.abspath(run)) / "launch" / "plan.json"
+    if not path.exists():
+        raise UserError(f"{run}: no launch here (it has no launch/plan.json); give the run_dir of `python -m launch`")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(f"{path}: format {values['format']!r}, this version reads {FORMAT}")
+        jobs = [
+            Job(**{**job, "resources": Resources(**job["resources"]), "slurm": Slurm(**job["slurm"])})
+            for job in values["jobs"]
+        ]
+        return Plan(
+            run=path.parent.parent,
+            jobs=jobs,
+            local=Local(**values["local"]),
+            **{name: values[name] for name in ("cluster", "graph", "commit", "code", "max_requeues")},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); launch into another run_dir") from error
+
+
+def read_submitted(plan: Plan) -> Submitted:
+    """What was submitted so far."""
+    path = plan.run / "launch" / "submitted.json"
+    try:
+        return Submitted(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Submitted()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); `launch resume` cannot tell what runs; remove it once nothing does"
+        ) from error
+
+
+def write_submitted(plan: Plan, submitted: Submitted) -> None:
+    """Replace submitted.json atomically."""
+    write_json(plan.run / "launch" / "submitted.json", asdict(submitted))
+
+
+@contextlib.contextmanager
+def submitting(plan: Plan) -> Iterator[None]:
+    """While jobs are submitted or run from here; UserError when another process does so for this launch."""
+    with open(plan.run / "launch" / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"{plan.run}: {file.read().strip() or 'another process'} is running this launch; wait for it, or "
+                f"`launch cancel {plan.run}`"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def is_held(plan: Plan) -> bool:
+    """Whether a process runs this launch from here now (local, debug), or submits it."""
+    path = plan.run / "launch" / "lock"
+    if not path.exists():
+        return False
+    with open(path, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def is_done(job: Job, record: Path) -> bool:
+    """Whether a job has ended well: its command returned 0, and a training one left its done.json and export."""
+    if not ended_well(read_events(record)):
+        return False
+    command = COMMANDS[job.command]
+    kept = [Path(job.folder, "done.json"), Path(job.folder, command.hands_off)] if command.trains else []
+    return all(path.exists() for path in kept or [Path(job.folder, command.hands_off)])
