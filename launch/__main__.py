@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from poserelay.command import run_command, run_commands
-from poserelay.errors import exit_code
+from poserelay.errors import UserError, exit_code
 
 from .config import CancelConfig, CollectConfig, LaunchConfig, LogsConfig, ResumeConfig, StatusConfig
 
@@ -47,7 +47,9 @@ def launch(arguments: list[str]) -> int:
 
     def split() -> None:
         nonlocal arguments, more
-        arguments, more = split_arguments(arguments, stage_names(arguments))
+        graph = read_graph(arguments)
+        check_times(graph, str(graph_file(arguments)))
+        arguments, more = split_arguments(arguments, [name for name in stages_of(graph) if isinstance(name, str)])
 
     def submit(config: LaunchConfig) -> None:
         from .submission import launch as run
@@ -65,15 +67,32 @@ def graph_file(arguments: Sequence[str]) -> str | None:
     return named[-1] if named else None
 
 
-def stage_names(arguments: Sequence[str]) -> list[str]:
-    """Names under `stages` of the graph file; none where it cannot be read, which is told when it is parsed."""
+def read_graph(arguments: Sequence[str]) -> dict[str, Any]:
+    """The graph file as it is; empty where it cannot be read, which is told when it is parsed."""
     file = graph_file(arguments)
     try:
         graph = yaml.safe_load(Path(file).read_text("utf-8-sig")) if file else None
     except (OSError, ValueError, yaml.YAMLError):
-        return []
-    stages = graph.get("stages") if isinstance(graph, dict) else None
-    return [name for name in stages if isinstance(name, str)] if isinstance(stages, dict) else []
+        return {}
+    return graph if isinstance(graph, dict) else {}
+
+
+def stages_of(graph: Mapping[str, Any]) -> dict[Any, Any]:
+    """Name to stage, neither checked."""
+    stages = graph.get("stages")
+    return stages if isinstance(stages, dict) else {}
+
+
+def check_times(graph: Mapping[str, Any], file: str) -> None:
+    """YAML reads 24:00:00 without quotes as the number 86400, which sbatch would take for minutes."""
+    for where, owner in [("", graph), *((f"stage {name}: ", stage) for name, stage in stages_of(graph).items())]:
+        slurm = owner.get("slurm") if isinstance(owner, dict) else None
+        time = slurm.get("time") if isinstance(slurm, dict) else None
+        if time is not None and not isinstance(time, str):
+            raise UserError(
+                f'{file}: {where}slurm.time is the number {time}: put it in quotes, "60" for minutes or "24:00:00" '
+                "(without them YAML reads 24:00:00 as 86400)"
+            )
 
 
 def name_positions(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:

@@ -11,20 +11,26 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR2, Signals
 from typing import Any
 
+from poserelay.errors import UserError
+
 INTERRUPTED = 75
 # How our own lines on stderr begin (poserelay.errors).
 OWN_WORDS = ("error: ", "stopped: ", "interrupted: ")
 
 
 def append_event(record: Path, event: str, **values: Any) -> None:
-    """Add a row to attempts.jsonl; rows of several processes do not mix."""
+    """Add a row to attempts.jsonl; rows of several processes do not mix. Raises UserError when the disk refuses."""
     row = json.dumps({"event": event, "time": time.time(), **values}) + "\n"
-    record.mkdir(parents=True, exist_ok=True)
-    handle = os.open(record / "attempts.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    path = record / "attempts.jsonl"
     try:
-        os.write(handle, row.encode())
-    finally:
-        os.close(handle)
+        record.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, row.encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; make room, then `launch resume`") from error
 
 
 def read_events(record: Path) -> list[dict[str, Any]]:

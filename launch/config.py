@@ -66,7 +66,7 @@ class Slurm:
     """Features that the nodes must have."""
     gres: str | None = None
     """Generic resources per node, beside resources.gpus (gpu:a100:4 instead of it, where a type must be named)."""
-    time: str | int = "24:00:00"
+    time: str = "24:00:00"
     """Limit of one start, as sbatch takes it: minutes, "HH:MM:SS" (quoted) or "D-HH". A longer run is requeued."""
     signal_delay: int = 120
     """Seconds before the limit at which a job is told to save; longer than `log_every` steps and a validation."""
@@ -78,15 +78,10 @@ class Slurm:
     """Jobs of one array that run at once."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell before the job's own, such as `module load cuda`."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Value] = field(default_factory=dict)
     """Further options of sbatch: {exclude: node7, reservation: mine}."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.time, int):
-            raise ValueError(
-                f'slurm.time is the number {self.time}: put it in quotes, "60" or "24:00:00" (without them YAML reads '
-                "24:00:00 as 86400)"
-            )
         if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d\d?(:\d\d){0,2}", self.time):
             raise ValueError(f"slurm.time is {self.time!r}, expected minutes, HH:MM:SS or D-HH:MM:SS")
         check_ranges(self, {"signal_delay": (1, 65535), "max_parallel": (1, math.inf)}, "slurm.")
@@ -121,6 +116,10 @@ class Local:
             raise ValueError(f"local.gpus is {self.gpus}, expected different numbers from 0 on")
 
 
+# Not Any: the parser would read a text such as "1:00:00" as YAML, the number 3600.
+Value = str | bool | int | float | list[Any] | dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command, as one job or as a sweep of them."""
@@ -129,19 +128,19 @@ class Stage:
     """What is run, `python -m COMMAND`: finetune, evaluation test, ...; null: the stage's name."""
     config: str | None = None
     """Recipe of that command; null: its defaults and `overrides`."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Value] = field(default_factory=dict)
     """Dotted fields of the command to values. `${s}` is what stage s hands off, `${s.net2}` another file of its export,
     `${s.run_dir}` its folder."""
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    sweep: dict[str, list[Value]] = field(default_factory=dict)
     """Dotted fields to the values they take, every combination a job; "a, b": [[1, 2], [3, 4]] changes two together."""
     existing: OptionalFile = None
     """Folder of an earlier run of this stage, alone or in another launch: it is not run again, `${s}` is what it left.
     (`--stages.NAME.existing DIR` on the command line.)"""
     after: list[str] = field(default_factory=list)
     """Stages to wait for as a whole, beside those that are named by `${}`."""
-    resources: dict[str, Any] = field(default_factory=dict)
+    resources: dict[str, Value] = field(default_factory=dict)
     """Fields of `resources` that differ for this stage."""
-    slurm: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, Value] = field(default_factory=dict)
     """Fields of `slurm` that differ for this stage."""
 
 

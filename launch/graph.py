@@ -279,7 +279,7 @@ def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence
         both = set(_parts(key)) & set(_parts(other))
         if both:
             raise UserError(
-                f"stage {name}: {min(both)} is in two axes, {key!r} and {other!r} (its own and those of the stages that "
+                f"stage {name}: {min(both)} is in two axes, {key!r} and {other!r} (its own, and those of stages that "
                 "it names); axes match only where they have the same fields, so write one of them like the other"
             )
     return axes

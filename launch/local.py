@@ -78,6 +78,8 @@ def run_local(plan: Plan, jobs: Sequence[Job]) -> None:
                     waiting.remove(job)
                     taken = [gpus.pop(0) for _ in range(job.resources.gpus * job.resources.nodes)]
                     running.append(_start(plan, job, taken))
+                    if stopped:  # while it was started, before `stop` could see it
+                        _signal(running[-1], stopped[0])
                     _say(f"{job.name}: started")
             for current in list(running):
                 if not _ended(plan, current):
@@ -142,7 +144,12 @@ def run_here(plan: Plan, jobs: Sequence[Job]) -> None:
         with _environment(
             contract(rank=0, world=1, local_rank=0, local_world=1, node=0, address="127.0.0.1", port=_free_port())
         ):
-            code = main([*command, "--config", str(record / "config.yaml")])
+            try:
+                code = main([*command, "--config", str(record / "config.yaml")])
+            except BaseException as error:
+                told = f"{type(error).__name__}: {error}"
+                append_event(record, "end", attempt=attempt, rank=0, code=1, reason=told)
+                raise
         reason = "its own words are above" if code else None
         append_event(record, "end", attempt=attempt, rank=0, code=code, reason=reason)
         if is_interruption(code):
@@ -215,6 +222,7 @@ def _outcome(plan: Plan, running: Running, stopped: bool) -> tuple[int, str, boo
 
 
 def _signal(running: Running, number: int) -> None:
+    number = signal.SIGTERM if number == signal.SIGINT else number  # which Python would make an exception, exit code 1
     for rank, process in enumerate(running.processes):
         if rank not in running.codes:
             with contextlib.suppress(ProcessLookupError):

@@ -176,7 +176,7 @@ def is_held(plan: Plan) -> bool:
     path = plan.run / "launch" / "lock"
     if not path.exists():
         return False
-    with open(path, "r+", encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:

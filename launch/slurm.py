@@ -168,7 +168,7 @@ def _executor(plan: Plan, array: Array) -> _Executor:
     executor = _Executor(folder=plan.run / "launch" / "submitit")
     options: dict[str, Any] = {
         "job_name": f"{plan.run.name}.{first.stage}",
-        "time": minutes(str(slurm.time)),
+        "time": minutes(slurm.time),
         "signal_delay_s": slurm.signal_delay,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.processes_per_node,

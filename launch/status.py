@@ -62,7 +62,7 @@ def main(config: StatusConfig) -> dict[str, Any]:
         "note": note,
         "jobs": [asdict(status) for status in statuses],
     }
-    print(json.dumps(report) if config.json else format_status(plan, statuses, note))
+    print(json.dumps(report, allow_nan=False) if config.json else format_status(plan, statuses, note))
     return report
 
 
@@ -133,8 +133,10 @@ def _state(
     attempt = last.get("attempt") if last and last["event"] == "start" else None
     started = attempt is not None
     ends = [row for row in events if row["event"] == "end" and started and row.get("attempt") == attempt]
-    running = started and not any(row.get("rank") == 0 for row in ends)
+    bad = failures(events, attempt) if attempt else []
+    running = started and not bad and not any(row.get("rank") == 0 for row in ends)
     upstream = [known[name] for name in job.upstream if known[name].state in ("failed", "blocked", "cancelled")]
+    stopped = [known[name] for name in job.upstream if known[name].state == "interrupted"]
     if plan.cluster == "slurm":
         if entry and entry.state == "PENDING" and entry.reason == "DependencyNeverSatisfied":
             return "blocked", _blocked(upstream)
@@ -146,11 +148,10 @@ def _state(
     elif held:
         if running:
             return "running", None
-        if not upstream and not ends:
+        if not upstream and not stopped and not ends:
             return "pending", "waits for its turn or for a job upstream"
     if job.name in submitted.cancelled:
         return "cancelled", "by `launch cancel`"
-    bad = failures(events, attempt) if attempt else []
     if bad:
         return "failed", bad[0].get("reason") or f"exit code {bad[0].get('code')}"
     own = [row for row in ends if row.get("rank") == 0]
@@ -158,11 +159,13 @@ def _state(
         saved = "; it had saved" if own and own[-1].get("code") == INTERRUPTED else ""
         return "cancelled", f"by scancel{saved}"
     if own and own[-1].get("code") != 0:
-        if plan.cluster != "slurm" and held:
+        if held and own[-1].get("requeued"):
             return "pending", "is started again"
         return "interrupted", own[-1].get("reason")
     if own:
         return "failed", f"ended with 0, but {job.folder} has no export and done.json"
+    if running and plan.cluster != "slurm":
+        return "interrupted", "the launcher ended, killed or with its machine, while the job ran"
     if running:
         word = {"TIMEOUT": "its time limit", "OUT_OF_MEMORY": "out of memory", "NODE_FAIL": "its node failed"}
         told = word.get(entry.state, f"Slurm says {entry.state}") if entry else "out of memory, kill -9, or a lost node"
@@ -171,8 +174,8 @@ def _state(
         return "blocked", _blocked(upstream)
     if entry and entry.state == "CANCELLED":
         return "cancelled", "by scancel, before it started"
-    if any(known[name].state == "interrupted" for name in job.upstream):
-        return "blocked", _blocked([known[name] for name in job.upstream if known[name].state == "interrupted"])
+    if stopped:
+        return "blocked", _blocked(stopped)
     if plan.cluster == "slurm" and job.name in submitted.ids:
         said = f"Slurm says {entry.state}" if entry else "Slurm no longer knows it"
         return "failed", f"left the queue before it started: {said}"
@@ -194,12 +197,12 @@ def read_progress(folder: Path) -> dict[str, Any]:
     if isinstance(status.get("step"), int) and status.get("total"):
         found |= {"step": status["step"], "total": status["total"]}
     rows = _last_rows(folder / "metrics.jsonl")
-    trained = [row for row in rows if row.get("kind") == "train"]
+    trained = [row for row in rows if row.get("kind") == "train" and isinstance(row.get("step"), int)]
     if trained:
         last = trained[-1]
         found["step"] = last["step"]
         found["images_per_second"] = last.get("images_per_second")
-        found["metric"] = {"loss": last["loss"]} if "loss" in last else None
+        found["metric"] = {"loss": last["loss"]} if isinstance(last.get("loss"), float) else None
         before = [row for row in trained[:-1] if row["attempt"] == last["attempt"] and row["step"] < last["step"]][-1:]
         if before and found.get("total"):
             pace = (last["seconds"] - before[0]["seconds"]) / (last["step"] - before[0]["step"])
@@ -250,7 +253,7 @@ def _duration(seconds: float) -> str:
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a metrics.jsonl, which grows long; a torn one is left out."""
+    """The last rows of a metrics.jsonl, which grows long; a torn one is left out, NaN is null."""
     if not path.exists():
         return []
     rows = []
@@ -258,7 +261,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         file.seek(max(0, path.stat().st_size - TAIL))
         for line in file.read().decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=lambda _: None)
                 if isinstance(row, dict):
                     rows.append(row)
     return rows
@@ -266,7 +269,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

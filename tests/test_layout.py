@@ -48,6 +48,7 @@ def test_configurations_import_without_torch() -> None:
     ]
     modules += [f"{stage}.config" for stage in STAGES if (ROOT / stage / "config.py").exists()]
     modules += [f"{stage}.__main__" for stage in STAGES if (ROOT / stage / "__main__.py").exists()]
+    modules += [f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py")]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

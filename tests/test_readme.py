@@ -32,18 +32,31 @@ LESS = {
     "poserelay prepare": ["--workers", "1"],
     "evaluation test": ["--workers", "0", "--threads", "1"],
 }
+LAUNCHES = {
+    "launch/configs/demo.yaml": [
+        *("--cluster", "debug", "--train.images", "8", "--test.images", "3", "--finetune.threads", "1"),
+        *("--pretrain.optim.epochs", "1", "--pretrain.optim.batch_size", "4", "--pretrain.threads", "1"),
+        *("--pretrain.workers", "0", "--finetune.workers", "0", "--evaluate.threads", "1"),
+        *("--stages.finetune.sweep", '{"labels.ratio": [0.1, 0.5], "seed, labels.seed": [[0, 0]]}'),
+        *("--finetune.optim.epochs", "1", "--finetune.optim.drops", "[]", "--finetune.optim.batch_size", "2"),
+    ],
+    "launch/configs/mscl_r50_imagenet.yaml": ["--dry_run"],
+    "launch/configs/label_ratio_coco.yaml": ["--dry_run", "--stages.mscl.existing", "runs/demo/pretrain"],
+}
 
 
 def test_demo_is_the_quickstart() -> None:
     script = (ROOT / "demo.sh").read_text(encoding="utf-8")
-    assert [line for line in script.splitlines() if line.startswith("python ")] == BLOCKS[0].splitlines()
+    commands = [line.strip() for line in script.splitlines() if line.strip().startswith("python ")]
+    # Started again, it resumes the launch instead of making it.
+    assert [command for command in commands if " resume " not in command] == BLOCKS[0].splitlines()
 
 
 def test_every_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in ("pretrain", "finetune"):
+    for stage in ("pretrain", "finetune", "launch"):
         (tmp_path / stage).symlink_to(ROOT / stage)
     assert len(COMMANDS) > 10
     for command in COMMANDS:
@@ -51,10 +64,12 @@ def test_every_command_runs(
         assert (python, flag) == ("python", "-m"), command
         main = import_module(f"{module}.__main__").main
         less = LESS.get(module) or LESS.get(f"{module} {arguments[0]}", [])
+        if module == "launch" and arguments[0] == "--config":
+            less = LAUNCHES[arguments[1]]
         if "--labels.file" in arguments:
             less = [*less, "--labels.count", "null"]
         assert main([*arguments, *less]) == 0, f"{command}\n{capsys.readouterr().err}"
-    for made in ("report/report.md", "report/losses.png", "predictions/overview.jpg", "figures/losses.png"):
+    for made in ("collect/table.md", "collect/curves.png", "predictions/overview.jpg", "figures/losses.png"):
         assert (tmp_path / "runs/demo" / made).stat().st_size > 0
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     found: dict = {}
