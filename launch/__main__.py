@@ -96,9 +96,16 @@ def check_times(graph: Mapping[str, Any], file: str) -> None:
 
 
 def name_positions(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """`status RUN` as `status --run RUN`."""
+    """`status RUN` as `status --run RUN`, also after a flag that has no value: `status --json RUN`."""
     named = list(arguments[:1])
     rest = list(arguments[1:])
+    following = [*rest[1:], ""]
+    bare = [
+        argument
+        for argument, after in zip(rest, following, strict=True)
+        if argument in ("--json", "--new_code") and after not in ("true", "false")
+    ]
+    rest = [*(argument for argument in rest if argument not in bare), *bare]
     for field in fields:
         if rest and not rest[0].startswith("-"):
             named += [f"--{field}", rest.pop(0)]

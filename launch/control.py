@@ -19,13 +19,14 @@ def logs(config: LogsConfig) -> None:
     plan = read_plan(config.run)
     found = False
     for job in plan.named(config.stage):
-        for path in sorted(plan.record(job).glob("rank*.log")):
+        for path in sorted(plan.record(job).glob("rank*.log"), key=lambda path: int(path.stem[4:])):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             found = True
             print(f"==> {path} <==")
             print("\n".join(lines[-config.lines :] if config.lines else lines))
     if not found:
-        print(f"{config.stage}: no job of it has started", file=sys.stderr)
+        why = "the cluster debug keeps none" if plan.cluster == "debug" else "no process of it has started"
+        print(f"{config.stage}: no logs: {why}", file=sys.stderr)
 
 
 def cancel(config: CancelConfig) -> None:

@@ -334,7 +334,7 @@ def _parse(name: str, job: str, command: Command, stage: Stage, arguments: list[
     try:
         return parse(command.config, arguments, stage.command or name)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {str(error).removeprefix('command line: ')}") from error
 
 
 def _changed(defaults: Any, changes: Mapping[str, Any], where: str) -> Any:
@@ -350,7 +350,7 @@ def _changed(defaults: Any, changes: Mapping[str, Any], where: str) -> Any:
     try:
         return parse(type(defaults), [_flag(key, value) for key, value in values.items()], "launch")
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {str(error).removeprefix('command line: ')}") from error
 
 
 def _flag(key: str, value: Any) -> str:

@@ -37,7 +37,7 @@ class Running:
     processes: list[subprocess.Popen[bytes]]
     offsets: list[int]
     """Bytes of the logs before this attempt."""
-    gpus: list[int]
+    gpus: list[str]
     began: float
     codes: dict[int, int] = field(default_factory=dict)
     """Rank to exit code, of those that have ended."""
@@ -159,7 +159,7 @@ def run_here(plan: Plan, jobs: Sequence[Job]) -> None:
     report_failures(plan, failed)
 
 
-def _start(plan: Plan, job: Job, gpus: Sequence[int]) -> Running:
+def _start(plan: Plan, job: Job, gpus: Sequence[str]) -> Running:
     """Start all processes of a job."""
     record, port = plan.record(job), _free_port()
     number = sum(row["event"] == "start" for row in read_events(record))
@@ -180,7 +180,7 @@ def _start(plan: Plan, job: Job, gpus: Sequence[int]) -> Running:
             address="127.0.0.1",
             port=port,
         )
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         arguments = [*job.command.split(), "--config", str(record / "config.yaml")]
         processes.append(start(arguments, Path(plan.code), environment, job.resources.cpus, log, session=True))
     return Running(job, attempt, processes, offsets, list(gpus), time.monotonic())
@@ -260,9 +260,9 @@ def _handling(stop: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _check_gpus(plan: Plan, jobs: Sequence[Job]) -> list[int]:
-    """Numbers of the GPUs that jobs may get. UserError where one needs more than there are."""
-    gpus = plan.local.gpus if plan.local.gpus is not None else _gpus_here()
+def _check_gpus(plan: Plan, jobs: Sequence[Job]) -> list[str]:
+    """Numbers or names of the GPUs that jobs may get. UserError where one needs more than there are."""
+    gpus = [str(gpu) for gpu in plan.local.gpus] if plan.local.gpus is not None else _gpus_here()
     for job in jobs:
         wanted = job.resources.gpus * job.resources.nodes
         if wanted > len(gpus):
@@ -270,18 +270,18 @@ def _check_gpus(plan: Plan, jobs: Sequence[Job]) -> list[int]:
                 f"stage {job.stage}: its resources ask for {wanted} GPUs, this machine has {len(gpus)} for it; set its "
                 "resources.gpus and resources.nodes lower (the batch per process stays, so look at batch_size and lr)"
             )
-    return list(gpus)
+    return gpus
 
 
-def _gpus_here() -> list[int]:
+def _gpus_here() -> list[str]:
     """GPUs that this process may use, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [int(part) for part in visible.split(",") if part.strip().isdecimal()]
+        return [part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1"]
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+    return [str(gpu) for gpu in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def _free_port() -> int:
@@ -291,4 +291,5 @@ def _free_port() -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # `2>&1 | head` has seen enough; the jobs go on
+        print(line, file=sys.stderr, flush=True)

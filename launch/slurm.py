@@ -17,6 +17,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from poserelay.errors import UserError
 
+from .commands import COMMANDS
 from .graph import Job
 from .plan import Plan, Submitted
 from .task import Task
@@ -158,6 +159,7 @@ def task_of(plan: Plan, job: Job) -> Task:
         code=plan.code,
         upstream={name: str(plan.record(by_name[name])) for name in job.upstream},
         cpus=job.resources.cpus,
+        saves=COMMANDS[job.command].trains,
         max_requeues=plan.max_requeues,
     )
 

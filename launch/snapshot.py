@@ -27,8 +27,11 @@ def take_snapshot(folder: Path) -> str | None:
         write_json(folder / "SNAPSHOT.json", {"commit": commit})
         if diff:
             write_text(folder / "local.diff", diff)
-    except (OSError, shutil.Error) as error:
-        raise UserError(f"{folder}: the code cannot be copied: {error}; make room, or name another run_dir") from error
+    except OSError as error:  # shutil.Error, one too, lists every file that failed
+        first = error.args[0][0] if isinstance(error, shutil.Error) else (folder, None, error.strerror)
+        raise UserError(
+            f"{first[0]}: cannot be copied into {folder}: {first[2]}; make room, or name another run_dir"
+        ) from error
     return commit
 
 

@@ -143,7 +143,8 @@ def _state(
         if entry and entry.live:
             waiting = entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
             return ("pending" if waiting else "running"), (entry.reason if waiting else None)
-        if unknown and (running or not started):
+        waits = not upstream and not stopped if not started else any(_goes_on(row) for row in ends)
+        if unknown and (running or waits) and job.name not in submitted.cancelled:
             return ("running" if running else "pending"), None
     elif held:
         if running:
@@ -172,14 +173,19 @@ def _state(
         return "failed", f"ended without a word: {told}"
     if upstream:
         return "blocked", _blocked(upstream)
+    if stopped:
+        return "blocked", _blocked(stopped)  # Slurm has cancelled it for that
     if entry and entry.state == "CANCELLED":
         return "cancelled", "by scancel, before it started"
-    if stopped:
-        return "blocked", _blocked(stopped)
     if plan.cluster == "slurm" and job.name in submitted.ids:
         said = f"Slurm says {entry.state}" if entry else "Slurm no longer knows it"
         return "failed", f"left the queue before it started: {said}"
     return "interrupted", "not started: the launcher ended before its turn"
+
+
+def _goes_on(end: Mapping[str, Any]) -> bool:
+    """Whether an attempt's process ended for the job to be started again, by the launcher or by Slurm."""
+    return bool(end.get("requeued")) or end.get("slurm") == "REQUEUED"
 
 
 def _blocked(upstream: Sequence[JobStatus]) -> str:

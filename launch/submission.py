@@ -67,9 +67,9 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
         write_configs(plan, graph)
         write_text(folder / "graph.yaml", yaml.safe_dump({**to_plain(config), "more": dict(more)}, sort_keys=False))
         write_plan(plan)
-    except (UserError, OSError) as error:
+    except BaseException as error:  # Ctrl-C, too, leaves nothing
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, UserError):
+        if not isinstance(error, OSError):
             raise
         raise UserError(f"{folder}: cannot be written: {error.strerror}; make room or name another run_dir") from error
     with submitting(plan):
@@ -102,6 +102,8 @@ def resume(config: ResumeConfig) -> None:
             code = plan.run / "launch" / f"code-{time.strftime('%Y%m%d-%H%M%S')}"
             plan = replace(plan, code=str(code), commit=take_snapshot(code))
             write_plan(plan)
+        elif not Path(plan.code).is_dir():
+            raise UserError(f"{plan.code}: the code of this launch is gone; `launch resume --new_code` takes this one")
         submitted = read_submitted(plan)
         submitted.cancelled = [name for name in submitted.cancelled if name not in left]
         submitted.ids = {name: job_id for name, job_id in submitted.ids.items() if name not in left}

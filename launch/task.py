@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,6 @@ from .attempts import (
     requeues,
 )
 from .process import contract, start
-
-# After `scontrol requeue` Slurm ends the job's processes, so ours waits for that.
-SECONDS_TO_BE_ENDED = 60
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,8 @@ class Task:
     upstream: dict[str, str]
     """Jobs that must have ended well: name to the folder of their attempts."""
     cpus: int
+    saves: bool
+    """Whether the stage goes on where a signal stopped it, and does not begin again."""
     max_requeues: int
 
     def __call__(self) -> None:
@@ -111,7 +109,12 @@ class Task:
             # Another process failed, and srun ended this one for it.
             append_event(record, "end", **end, requeued=False)
         elif verdict != "RUNNING":
+            if verdict == "TIMEOUT":
+                end["reason"] = f"{end['reason']}; too late to be started again: raise slurm.signal_delay"
             append_event(record, "end", **end, requeued=False, slurm=verdict)
+        elif end["code"] == -signal.SIGUSR2 and not self.saves:
+            end["reason"] = "its time limit was near, and it would begin from the start again: raise slurm.time"
+            append_event(record, "end", **end, requeued=False)
         elif requeues(events) >= self.max_requeues:
             end["reason"] = (
                 f"{end['reason']}; not started again: that was done max_requeues = {self.max_requeues} times"
@@ -119,11 +122,11 @@ class Task:
             append_event(record, "end", **end, requeued=False)
         else:
             append_event(record, "end", **end, requeued=True)
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                time.sleep(SECONDS_TO_BE_ENDED)
-            reason = f"saved, but `scontrol requeue {job}` said: {done.stderr.strip() or 'nothing, and did nothing'}"
-            append_event(record, "end", **{**end, "reason": reason}, requeued=False)
+            done = scontrol("requeue", job)
+            # Slurm now ends what is left of the job, and waits KillWait for processes that do not end by themselves.
+            if done.returncode:
+                reason = f"saved, but `scontrol requeue {job}` said: {done.stderr.strip()}"
+                append_event(record, "end", **{**end, "reason": reason}, requeued=False)
         return INTERRUPTED
 
 
@@ -133,16 +136,29 @@ def slurm_id() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def slurm_verdict(job: str) -> str:
-    """What Slurm has decided of a job that it sent a signal: RUNNING is nothing yet, else CANCELLED or REQUEUED.
+def scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run scontrol to its end: Slurm sends its signals, some of them twice, to every process of a job."""
 
-    Both of these are COMPLETING while their processes end; only a cancelled job has an end by then.
+    def heed_none() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    command = ["scontrol", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed_none)
+
+
+def slurm_verdict(job: str) -> str:
+    """What Slurm has decided of a job that got a signal: RUNNING is nothing yet, else CANCELLED, TIMEOUT or REQUEUED.
+
+    All of these are COMPLETING while their processes end; one that is requeued has no end by then.
     """
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
+    shown = scontrol("show", "job", "-o", job)
     fields = {name: value for name, _, value in (field.partition("=") for field in shown.stdout.split())}
     state = fields.get("JobState", "unknown")
     if state == "COMPLETING":
-        return "REQUEUED" if fields.get("EndTime") == "Unknown" else "CANCELLED"
+        if fields.get("EndTime") == "Unknown":
+            return "REQUEUED"
+        return "TIMEOUT" if fields.get("Reason") == "TimeLimit" else "CANCELLED"
     return "REQUEUED" if state == "PENDING" else state
 
 
