@@ -100,7 +100,7 @@ def build_graph(
             job_name = next(name for name in alike if name not in configs)
             folder = run_dir / job_name
             values = {**stage.overrides, **_assignments({key: element[key] for key in element if key in own})}
-            arguments, named = _arguments(name, values, more.get(name, ()), element, jobs, axes)
+            arguments, named = _arguments(name, values, more.get(name, ()), element, jobs)
             arguments = [*([f"--config={stage.config}"] if stage.config else []), *arguments]
             arguments += [f"--{command.field}={folder / command.written}"]
             found = _parse(name, job_name, command, stage, arguments)
@@ -237,7 +237,8 @@ def _existing(name: str, stage: Stage, command: Command, base: Path) -> Job:
 def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence[str]) -> Axes:
     """The stage's axes: those of the stages it names by `${}`, in their order, then its own.
 
-    An axis that both have takes the stage's own values, each of which the upstream must have.
+    An axis that both have, the stage perhaps linked with further fields, takes the stage's own values, each of which
+    the upstream must have.
     """
     own: Axes = {}
     for key, values in stage.sweep.items():
@@ -259,14 +260,18 @@ def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence
     axes: Axes = {}
     for other in upstream:
         for key, values in known[other].items():
-            if key in own:
-                strange = [value for value in own[key] if value not in values]
+            ours = next((mine for mine in own if set(_parts(key)) <= set(_parts(mine))), None)
+            if ours is not None:
+                shown = [_assignments({ours: value}) for value in own[ours]]
+                known_values = [_assignments({key: value}) for value in values]
+                strange = [value for value in shown if {part: value[part] for part in _parts(key)} not in known_values]
                 if strange:
+                    found = ", ".join(repr(strange[0][part]) for part in _parts(key))
                     raise UserError(
-                        f"stage {name}: sweeps {key} over {strange[0]!r}, which stage {other} does not have "
-                        f"({values}); axes that two stages share match value by value"
+                        f"stage {name}: sweeps {key} over {found}, which stage {other} does not have ({values}); axes "
+                        "that two stages share match value by value"
                     )
-                axes[key] = own[key]
+                axes[ours] = own[ours]
             elif key in axes and axes[key] != values:
                 raise UserError(
                     f"stage {name}: {other} and another stage that it names sweep {key} over different values "
@@ -295,17 +300,18 @@ def _arguments(
     more: Sequence[str],
     element: Mapping[str, Any],
     jobs: Mapping[str, list[Job]],
-    axes: Mapping[str, Axes],
 ) -> tuple[list[str], list[Job]]:
     """A job's command line with every `${}` replaced, and the jobs that these name."""
     named: list[Job] = []
+    ours = _assignments(element)
 
     def path(match: re.Match[str]) -> str:
         stage, _, file = match[1].partition(".")
         if not match[0].endswith("}") or (file and not re.fullmatch(r"[\w-]+", file)):
             raise UserError(f"stage {name}: {match[0]!r}: write ${{stage}}, ${{stage.file}} or ${{stage.run_dir}}")
-        wanted = {key: element[key] for key in axes[stage]}
-        job = next(job for job in jobs[stage] if job.axes == wanted)
+        job = next(
+            job for job in jobs[stage] if all(ours[key] == value for key, value in _assignments(job.axes).items())
+        )
         named.append(job)
         return str(Path(job.folder, _handed_off(name, match[0], COMMANDS[job.command], file)))
 

@@ -627,6 +627,21 @@ TWO = {
 }
 
 
+def test_a_linked_axis_matches_an_upstream_one_of_a_part_of_its_fields(tmp_path: Path) -> None:
+    stages = {"a": TWO["a"], "b": {**TWO["b"], "sweep": {"workers, quality": [[3, 2], [4, 1], [5, 2]]}}}
+    file = tmp_path / "graph.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": "x", "stages": stages}))
+    config = parse(LaunchConfig, ["--config", str(file)], "launch", references=True)
+    jobs = {job.name: job.upstream for job in build_graph(config, {}, tmp_path).jobs}
+    assert jobs == {
+        "a/quality=1": [],
+        "a/quality=2": [],
+        "b/workers=3": ["a/quality=2"],
+        "b/workers=4": ["a/quality=1"],
+        "b/workers=5": ["a/quality=2"],
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -635,9 +650,13 @@ TWO = {
             {"b": {"sweep": {"quality": [2, 1]}}, "c": {**TWO["b"], "overrides": {"images": "${a}/${b}"}}},
             ["stage c", "different values", "[2, 1]", "give c a sweep of quality"],
         ),
-        # A field that is swept alone upstream and together with another here would be multiplied with itself.
         (
-            {"b": {"sweep": {"quality, workers": [[1, 1], [2, 1]]}}},
+            {"b": {"sweep": {"quality, workers": [[1, 1], [3, 1]]}}},
+            ["stage b", "quality over 3", "stage a does not have", "[1, 2]"],
+        ),
+        # A field that is swept with another upstream and alone here would be multiplied with itself.
+        (
+            {"a": {"sweep": {"quality, workers": [[1, 1], [2, 1]]}}, "b": {"sweep": {"quality": [1, 2]}}},
             ["stage b", "quality is in two axes", "'quality, workers'"],
         ),
     ],
