@@ -60,7 +60,7 @@ def collect_run(run: Path, json_only: bool = False) -> Table:
     else:
         figure = plot_curves(table, axis)
         write_atomic(out / "curves.png", lambda path: figure.savefig(path, format="png", dpi=150))
-    print(json.dumps(as_json) if json_only else markdown)
+    print(json.dumps(as_json) if json_only else format_markdown(table, by_joint=False))
     for line in divisions(table):
         print(f"warning: {line}", file=sys.stderr)
     names = "table.md, table.csv, table.json" + ("" if axis is None else ", curves.png")

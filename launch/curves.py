@@ -42,7 +42,7 @@ def plot_curves(table: Table, axis: str) -> Figure:
     width = 1.2 + 4.6 * len(metrics)
     labels = [textwrap.fill(label, int(14 * width)) for label in _labels(lines)]
     columns = max(1, min(len(labels) + 1, int(width / (0.6 + 0.066 * max(map(len, labels))))))
-    caption = _caption(table, lines, int(23 * width))
+    caption = _caption(table, axis, lines, int(23 * width))
     height = 3.8 + 0.17 * (sum(label.count("\n") + 1 for label in labels) + 1) / columns + 0.11 * len(caption)
     figure = Figure(figsize=(width, height), layout="constrained")
     baseline = False
@@ -51,7 +51,7 @@ def plot_curves(table: Table, axis: str) -> Figure:
             _draw_line(axes, [(xs[_position(row, axis)] * shift, row) for row in rows], metric, _style(number), axis)
         baseline |= _draw_baseline(axes, lines, metric, xs, axis)
         margin = (max(ticks) / min(ticks)) ** 0.07
-        axes.set(xlabel=_axis_label(table, axis), ylabel=metric, xscale="log")
+        axes.set(xlabel=_axis_label(axis), ylabel=metric, xscale="log")
         axes.set_xlim(min(ticks) / margin, max(ticks) * margin)
         axes.minorticks_off()
         axes.set_xticks(list(ticks), _thinned(ticks))
@@ -206,17 +206,16 @@ def _labels(lines: Mapping[Any, list[Row]]) -> list[str]:
     return labels
 
 
-def _axis_label(table: Table, axis: str) -> str:
-    following = _following(table, axis)
+def _axis_label(axis: str) -> str:
     unit = "share of the images labelled" if last_part(axis) == "ratio" else "labelled images"
-    title = f"{unit} ({axis})" if axis.endswith(("labels.ratio", "labels.count")) else axis
-    return title + (f", with its own {', '.join(following)}" if following else "")
+    return f"{unit} ({axis})" if axis.endswith(("labels.ratio", "labels.count")) else axis
 
 
-def _caption(table: Table, lines: Mapping[Any, list[Row]], width: int) -> list[str]:
-    texts = protocol_lines(table)
+def _caption(table: Table, axis: str, lines: Mapping[Any, list[Row]], width: int) -> list[str]:
+    texts, following = protocol_lines(table), _following(table, axis)
     drawn = sorted({row.protocol for rows in lines.values() for row in rows if row.protocol is not None})
     caption = ["mean ± sample standard deviation over n seeds; pale dots: the single seeds"]
+    caption += [f"each {axis} has its own {', '.join(following)}"] if following else []
     caption += [f"protocol {number}: {texts[number - 1]}" for number in drawn]
     return [line for text in caption for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 

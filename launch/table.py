@@ -155,7 +155,7 @@ def format_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def format_markdown(table: Table) -> str:
+def format_markdown(table: Table, *, by_joint: bool = True) -> str:
     """A line per row and a column per metric, the baseline's and the joints' in tables of their own; then the notes."""
     headings = {
         (False, False): "Mean ± sample standard deviation over the seeds.",
@@ -164,9 +164,9 @@ def format_markdown(table: Table) -> str:
         (True, True): "The baseline by joint.",
     }
     blocks = []
-    for (baseline, by_joint), heading in headings.items():
-        metrics = [name for name in table.metrics if (name.startswith(BASELINE), "/" in name) == (baseline, by_joint)]
-        if metrics or not blocks:
+    for kind, heading in headings.items():
+        metrics = [name for name in table.metrics if (name.startswith(BASELINE), "/" in name) == kind]
+        if (metrics or not blocks) and (by_joint or not kind[1]):
             rows = [row for row in table.rows if not blocks or any(row.summary(name).n for name in metrics)]
             blocks += [heading, _markdown_table(table, rows, metrics)]
     if any(row.source == "own validation" for row in table.rows):

@@ -262,7 +262,7 @@ def test_axes_that_were_swept_together_are_columns_of_their_own(experiment: Expe
     ]
     figure = plot_curves(table, "labels.ratio")
     assert drawn_lines(figure) == [(pytest.approx([0.1, 1.0]), pytest.approx([0.105, 1.005]))], "one line, not two"
-    assert "optim.epochs" in figure.axes[0].get_xlabel()
+    assert "each labels.ratio has its own optim.epochs" in figure.get_supxlabel()
 
 
 def test_axes_that_do_not_match_their_values_are_refused(experiment: Experiment) -> None:
