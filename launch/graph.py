@@ -19,6 +19,7 @@ from poserelay.errors import UserError
 
 from .commands import COMMANDS, Command
 from .config import LaunchConfig, Resources, Slurm, Stage
+from .configurations import Configurations
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}?")
 # Folders of the run directory that are not a stage's, and first parts of our own options.
@@ -94,6 +95,7 @@ def build_graph(
         axes[name] = _axes(name, stage, axes, _references(stage, more.get(name, ())))
         own = {_field(key) for key in stage.sweep}
         jobs[name] = []
+        configurations = Configurations(command.config, stage.command or name)
         for element in _elements(axes[name]):
             job_name = "/".join([name, *([_element_name(element)] if element else [])])
             alike = itertools.chain([job_name], (f"{job_name}_{number}" for number in itertools.count(2)))
@@ -103,7 +105,8 @@ def build_graph(
             arguments, named = _arguments(name, values, more.get(name, ()), element, jobs)
             arguments = [*([f"--config={stage.config}"] if stage.config else []), *arguments]
             arguments += [f"--{command.field}={folder / command.written}"]
-            found = _parse(name, job_name, command, stage, arguments)
+            where = f"stage {name} ({job_name.partition('/')[2]})" if element else f"stage {name}"
+            found = configurations.parse(arguments, where)
             configs[job_name] = to_plain(with_absolute_paths(found, base, moved))
             waits = [*(job for other in stage.after for job in jobs[other]), *named]
             upstream = list(dict.fromkeys(job.name for job in waits if not config.stages[job.stage].existing))
@@ -333,14 +336,6 @@ def _handed_off(name: str, reference: str, command: Command, file: str) -> str:
     if file and not command.trains:
         raise UserError(f"stage {name}: {reference}: that stage exports no weights; write {reference.split('.')[0]}}}")
     return f"export/{file}.safetensors" if file else command.hands_off
-
-
-def _parse(name: str, job: str, command: Command, stage: Stage, arguments: list[str]) -> Any:
-    where = f"stage {name}" if job == name else f"stage {name} ({job.partition('/')[2]})"
-    try:
-        return parse(command.config, arguments, stage.command or name)
-    except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('command line: ')}") from error
 
 
 def _changed(defaults: Any, changes: Mapping[str, Any], where: str) -> Any:
