@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def launch(arguments: list[str]) -> int:
         graph = read_graph(arguments)
         check_times(graph, str(graph_file(arguments)))
         arguments, more = split_arguments(arguments, [name for name in stages_of(graph) if isinstance(name, str)])
+        check_heads(arguments, stages_of(graph))
 
     def submit(config: LaunchConfig) -> None:
         from .submission import launch as run
@@ -95,21 +98,31 @@ def check_times(graph: Mapping[str, Any], file: str) -> None:
             )
 
 
+def check_heads(arguments: Sequence[str], stages: Iterable[Any]) -> None:
+    """`--NAME.FIELD` whose NAME is neither a stage nor an option of ours."""
+    own = [field.name for field in dataclasses.fields(LaunchConfig)]
+    for argument in arguments:
+        head, dot, _ = argument.removeprefix("--").partition("=")[0].partition(".")
+        if argument.startswith("--") and dot and head not in (*own, "print_config"):
+            near = difflib.get_close_matches(head, [*map(str, stages), *own], n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(map(str, stages)) or 'none'}"
+            raise UserError(f"{argument}: there is no stage or option {head!r}; {meant}")
+
+
 def name_positions(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """`status RUN` as `status --run RUN`, also after a flag that has no value: `status --json RUN`."""
+    """`status RUN` as `status --run RUN`, also after a flag: `status --json RUN`, `logs --lines 5 RUN STAGE`."""
     named = list(arguments[:1])
-    rest = list(arguments[1:])
-    following = [*rest[1:], ""]
-    bare = [
-        argument
-        for argument, after in zip(rest, following, strict=True)
-        if argument in ("--json", "--new_code") and after not in ("true", "false")
-    ]
-    rest = [*(argument for argument in rest if argument not in bare), *bare]
-    for field in fields:
-        if rest and not rest[0].startswith("-"):
-            named += [f"--{field}", rest.pop(0)]
-    return [*named, *rest]
+    rest, left = list(arguments[1:]), list(fields)
+    while rest:
+        argument = rest.pop(0)
+        if left and not argument.startswith("-"):
+            named += [f"--{left.pop(0)}", argument]
+            continue
+        named.append(argument)
+        alone = argument in ("--json", "--new_code", "--help", "-h") and rest[:1] not in (["true"], ["false"])
+        if argument.startswith("--") and "=" not in argument and not alone and rest:
+            named.append(rest.pop(0))
+    return named
 
 
 if __name__ == "__main__":

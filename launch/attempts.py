@@ -24,6 +24,8 @@ def append_event(record: Path, event: str, **values: Any) -> None:
     path = record / "attempts.jsonl"
     try:
         record.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            row = "\n" + row  # after one that a full disk cut off
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(handle, row.encode())
@@ -49,6 +51,12 @@ def ended_well(events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last attempt's first process returned 0."""
     ends = [row for row in events if row["event"] == "start" or row.get("rank") == 0]
     return bool(ends) and ends[-1]["event"] == "end" and ends[-1].get("code") == 0
+
+
+def good_attempt(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The attempt that ended well, if the last one did: what jobs downstream start from."""
+    starts = [row for row in events if row["event"] == "start"]
+    return str(starts[-1].get("attempt")) if starts and ended_well(events) else None
 
 
 def requeues(events: Sequence[Mapping[str, Any]]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from poserelay.run import write_atomic, write_json, write_text
 from .config import CollectConfig
 from .curves import curve_axis, plot_curves
 from .graph import Job
-from .plan import read_plan
+from .plan import outdated, read_plan
 from .table import (
     Measured,
     Missing,
@@ -48,7 +48,8 @@ def collect_run(run: Path, json_only: bool = False) -> Table:
     `json_only` prints the JSON object instead of the Markdown. Raises UserError where `run` is no launch's directory;
     a damaged metrics file is listed as missing.
     """
-    table = collect(read_plan(run).jobs)
+    plan = read_plan(run)
+    table = collect(plan.jobs, outdated(plan))
     out = run / "collect"
     as_json, markdown = to_json(table), format_markdown(table)
     write_text(out / "table.csv", format_csv(table))
@@ -61,6 +62,8 @@ def collect_run(run: Path, json_only: bool = False) -> Table:
         figure = plot_curves(table, axis)
         write_atomic(out / "curves.png", lambda path: figure.savefig(path, format="png", dpi=150))
     print(json.dumps(as_json) if json_only else format_markdown(table, by_joint=False))
+    if not table.rows:
+        print("no job of this launch measures anything; `evaluation test` does", file=sys.stderr)
     for line in divisions(table):
         print(f"warning: {line}", file=sys.stderr)
     names = "table.md, table.csv, table.json" + ("" if axis is None else ", curves.png")
@@ -68,8 +71,8 @@ def collect_run(run: Path, json_only: bool = False) -> Table:
     return table
 
 
-def collect(jobs: Sequence[Job]) -> Table:
-    """Read what the jobs have measured so far and group it.
+def collect(jobs: Sequence[Job], outdated: Mapping[str, str] | None = None) -> Table:
+    """Read what the jobs have measured so far and group it; what is `outdated` (job to reason) counts as missing.
 
     A training's own validation figures are taken where no evaluation waits for that very job. Raises UserError for
     axes that are damaged; a job that is not done or whose file is damaged is listed as missing.
@@ -88,6 +91,8 @@ def collect(jobs: Sequence[Job]) -> Table:
         group = groups.setdefault(key, {"job": job, "axes": others, "expected": 0, "measured": {}})
         group["expected"] += 1
         try:
+            if outdated and job.name in outdated:
+                raise UserError(f"outdated: {outdated[job.name]}; resume the launch")
             metrics, protocol = read_figures(job)
         except UserError as error:
             missing.append(Missing(job.name, job.stage, str(error)))

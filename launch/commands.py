@@ -26,21 +26,23 @@ class Command:
     """What that field names, relative to the job's folder; empty: the folder itself."""
     hands_off: str
     """What `${stage}` stands for, relative to the job's folder; empty: the folder itself."""
+    leaves: str
+    """File in the job's folder that is there once it is done."""
     trains: bool = False
     """Whether it keeps a run directory, and may run as several processes."""
 
 
 COMMANDS = {
-    "pretrain": Command(PretrainConfig, "run_dir", "", EXPORT, trains=True),
-    "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, trains=True),
-    "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, trains=True),
-    "evaluation test": Command(TestConfig, "out", "", ""),
-    "evaluation predict": Command(PredictConfig, "out", "", ""),
-    "evaluation visualize": Command(VisualizeConfig, "out", "", ""),
-    "evaluation report": Command(ReportConfig, "out", "", ""),
-    "poserelay synthesize": Command(SynthesizeConfig, "out", "", ""),
-    "poserelay prepare": Command(PrepareConfig, "out", "", ""),
-    "poserelay select": Command(SelectConfig, "out", "chosen.json", "chosen.json"),
-    "poserelay import-weights": Command(ImportConfig, "out", EXPORT, EXPORT),
-    "poserelay export-weights": Command(ExportConfig, "out", "weights.pth", "weights.pth"),
+    "pretrain": Command(PretrainConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "evaluation test": Command(TestConfig, "out", "", "", "metrics.json"),
+    "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),
+    "evaluation visualize": Command(VisualizeConfig, "out", "", "", ""),
+    "evaluation report": Command(ReportConfig, "out", "", "", "report.md"),
+    "poserelay synthesize": Command(SynthesizeConfig, "out", "", "", "annotations.json"),
+    "poserelay prepare": Command(PrepareConfig, "out", "", "", "index.json"),
+    "poserelay select": Command(SelectConfig, "out", "chosen.json", "chosen.json", "chosen.json"),
+    "poserelay import-weights": Command(ImportConfig, "out", EXPORT, EXPORT, EXPORT),
+    "poserelay export-weights": Command(ExportConfig, "out", "weights.pth", "weights.pth", "weights.pth"),
 }

@@ -49,7 +49,18 @@ class Resources:
 
 
 # Options of sbatch that are not the user's.
-SET_BY_US = {"array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "output", "requeue", "signal"}
+SET_BY_US = {
+    "array",
+    "chdir",
+    "comment",
+    "dependency",
+    "error",
+    "job-name",
+    "kill-on-invalid-dep",
+    "output",
+    "requeue",
+    "signal",
+}
 
 
 @dataclass(frozen=True)
@@ -85,18 +96,7 @@ class Slurm:
         if not re.fullmatch(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d\d?(:\d\d){0,2}", self.time):
             raise ValueError(f"slurm.time is {self.time!r}, expected minutes, HH:MM:SS or D-HH:MM:SS")
         check_ranges(self, {"signal_delay": (1, 65535), "max_parallel": (1, math.inf)}, "slurm.")
-        own = {
-            "array",
-            "chdir",
-            "dependency",
-            "job-name",
-            "requeue",
-            "kill-on-invalid-dep",
-            "output",
-            "error",
-            "signal",
-        }
-        taken = own & {name.replace("_", "-") for name in self.extra}
+        taken = SET_BY_US & {name.replace("_", "-") for name in self.extra}
         if taken:
             raise ValueError(f"slurm.extra: {min(taken)} is set by the launcher; leave it out")
 

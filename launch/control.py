@@ -11,22 +11,26 @@ from poserelay.errors import UserError
 
 from .config import CancelConfig, LogsConfig
 from .plan import is_held, read_plan, read_submitted, write_submitted
-from .status import job_statuses
+from .status import batch_log, job_statuses
 
 
 def logs(config: LogsConfig) -> None:
     """Print the last lines of every process of a stage's jobs, each file under its name."""
     plan = read_plan(config.run)
-    found = False
+    found, submitted = False, read_submitted(plan)
     for job in plan.named(config.stage):
         for path in sorted(plan.record(job).glob("rank*.log"), key=lambda path: int(path.stem[4:])):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             found = True
             print(f"==> {path} <==")
             print("\n".join(lines[-config.lines :] if config.lines else lines))
+        batch = submitted.ids.get(job.name) if not any(plan.record(job).glob("rank*.log")) else None
+        if batch and batch_log(plan, batch).exists():
+            found = True
+            print(f"==> {batch_log(plan, batch)} <==")
+            print(batch_log(plan, batch).read_text(encoding="utf-8", errors="replace").rstrip())
     if not found:
-        why = "the cluster debug keeps none" if plan.cluster == "debug" else "no process of it has started"
-        print(f"{config.stage}: no logs: {why}", file=sys.stderr)
+        print(f"{config.stage}: no logs: no process of it has started", file=sys.stderr)
 
 
 def cancel(config: CancelConfig) -> None:
@@ -41,6 +45,7 @@ def cancel(config: CancelConfig) -> None:
             raise UserError(f"{plan.run}: {note}; nothing was cancelled")
         names = [status.name for status in statuses if status.name in wanted and status.state in ("running", "pending")]
         submitted = read_submitted(plan)
+        slurm.adopt(submitted, (plan.run / "launch").stat().st_uid)
         submitted.cancelled = [*submitted.cancelled, *(name for name in names if name not in submitted.cancelled)]
         write_submitted(plan, submitted)
         slurm.cancel([submitted.ids[name] for name in names])
@@ -56,5 +61,7 @@ def cancel(config: CancelConfig) -> None:
         return
     if submitted.host != socket.gethostname() or not submitted.pid:
         raise UserError(f"{plan.run}: it runs on {submitted.host}; cancel it there")
+    submitted.cancelled = [status.name for status in job_statuses(plan)[0] if status.state != "done"]
+    write_submitted(plan, submitted)
     os.kill(submitted.pid, signal.SIGTERM)
     print(f"{plan.run}: process {submitted.pid} was told to save its jobs and stop", file=sys.stderr)

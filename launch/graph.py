@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Graph:
     jobs: list[Job]
     configs: dict[str, dict[str, Any]]
     """Job name to the resolved configuration of its command, paths absolute."""
+    missing: dict[str, list[str]]
+    """Stage to the files and folders it names that are neither there nor made by a stage."""
 
 
 def build_graph(
@@ -75,6 +78,7 @@ def build_graph(
     jobs: dict[str, list[Job]] = {}
     axes: dict[str, Axes] = {}
     configs: dict[str, dict[str, Any]] = {}
+    named_paths: dict[str, dict[Path, None]] = {name: {} for name in config.stages}
     for part in ("resources", "slurm", "local"):
         if getattr(config, part) is None:
             raise UserError(f"{part} is empty; give it fields or leave it out")
@@ -107,12 +111,22 @@ def build_graph(
             arguments += [f"--{command.field}={folder / command.written}"]
             where = f"stage {name} ({job_name.partition('/')[2]})" if element else f"stage {name}"
             found = configurations.parse(arguments, where)
-            configs[job_name] = to_plain(with_absolute_paths(found, base, moved))
+            configs[job_name] = to_plain(with_absolute_paths(found, base, partial(_noted, named_paths[name], moved)))
             waits = [*(job for other in stage.after for job in jobs[other]), *named]
             upstream = list(dict.fromkeys(job.name for job in waits if not config.stages[job.stage].existing))
             text = stage.command or name
             jobs[name].append(Job(job_name, name, text, element, str(folder), upstream, resources, slurm))
-    return Graph([job for group in jobs.values() for job in group if job.name in configs], configs)
+    missing = {
+        name: [str(path) for path in paths if not path.is_relative_to(run_dir) and not path.exists()]
+        for name, paths in named_paths.items()
+    }
+    listed = [job for group in jobs.values() for job in group if job.name in configs]
+    return Graph(listed, configs, {name: paths for name, paths in missing.items() if paths})
+
+
+def _noted(seen: dict[Path, None], moved: Callable[[Path], Path], path: Path) -> Path:
+    seen[path] = None
+    return moved(path)
 
 
 def split_arguments(argv: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from poserelay.errors import CheckFailed, Interrupted, UserError
 
@@ -102,7 +103,7 @@ def run_local(plan: Plan, jobs: Sequence[Job]) -> None:
     if stopped:
         raise Interrupted(
             f"{signal.Signals(stopped[0]).name}: {total - len(set(done) & {job.name for job in jobs})} of {total} jobs "
-            f"are not done; `python -m launch resume {plan.run}` goes on"
+            f"are not done; `python -m launch resume {plan.typed}` goes on"
         )
     report_failures(plan, failed)
 
@@ -115,7 +116,7 @@ def report_failures(plan: Plan, failed: dict[str, tuple[int, str]]) -> None:
     kind = UserError if code == 2 else CheckFailed
     raise kind(
         f"{name} failed: {reason} ({len(failed)} of {len(plan.jobs)} jobs failed or were not run; "
-        f"`python -m launch status {plan.run}` lists them, `launch resume` starts them again)"
+        f"`python -m launch status {plan.typed}` lists them, `launch resume` starts them again)"
     )
 
 
@@ -138,25 +139,46 @@ def run_here(plan: Plan, jobs: Sequence[Job]) -> None:
             failed[job.name] = (0, f"not run: {before[0]} failed")
             continue
         attempt = f"{socket.gethostname()}.{os.getpid()}.{number}"
-        append_event(record, "start", attempt=attempt, job=None, host=socket.gethostname(), pid=os.getpid())
+        _note_start(plan, job, attempt)
         module, *command = job.command.split()
         main = import_module(f"{module}.__main__").main
         with _environment(
             contract(rank=0, world=1, local_rank=0, local_world=1, node=0, address="127.0.0.1", port=_free_port())
         ):
+            log = record / "rank0.log"
+            offset = log.stat().st_size if log.exists() else 0
             try:
-                code = main([*command, "--config", str(record / "config.yaml")])
+                with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stderr(_Both(sys.stderr, file)):
+                    code = main([*command, "--config", str(record / "config.yaml")])
             except BaseException as error:
                 told = f"{type(error).__name__}: {error}"
                 append_event(record, "end", attempt=attempt, rank=0, code=1, reason=told)
                 raise
-        reason = "its own words are above" if code else None
+        reason = reason_of(code, log, offset) if code else None
         append_event(record, "end", attempt=attempt, rank=0, code=code, reason=reason)
         if is_interruption(code):
-            raise Interrupted(f"{job.name} was interrupted; `python -m launch resume {plan.run}` goes on")
+            raise Interrupted(f"{job.name} was interrupted; `python -m launch resume {plan.typed}` goes on")
         if code:
-            failed[job.name] = (code, f"exit code {code}, {reason}")
+            failed[job.name] = (code, str(reason))
     report_failures(plan, failed)
+
+
+class _Both(io.TextIOBase):
+    """What a stage tells on the terminal, kept in its log too."""
+
+    def __init__(self, terminal: IO[str], file: IO[str]) -> None:
+        self._terminal, self._file = terminal, file
+
+    def write(self, text: str, /) -> int:
+        self._file.write(text)
+        return self._terminal.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._terminal.flush()
+
+    def isatty(self) -> bool:
+        return self._terminal.isatty()
 
 
 def _start(plan: Plan, job: Job, gpus: Sequence[str]) -> Running:
@@ -167,7 +189,7 @@ def _start(plan: Plan, job: Job, gpus: Sequence[str]) -> Running:
     local = job.resources.processes_per_node
     logs = [record / f"rank{rank}.log" for rank in range(job.resources.world)]
     offsets = [log.stat().st_size if log.exists() else 0 for log in logs]
-    append_event(record, "start", attempt=attempt, job=None, host=socket.gethostname(), pid=os.getpid())
+    _note_start(plan, job, attempt)
     processes = []
     for rank, log in enumerate(logs):
         environment = contract(
@@ -184,6 +206,11 @@ def _start(plan: Plan, job: Job, gpus: Sequence[str]) -> Running:
         arguments = [*job.command.split(), "--config", str(record / "config.yaml")]
         processes.append(start(arguments, Path(plan.code), environment, job.resources.cpus, log, session=True))
     return Running(job, attempt, processes, offsets, list(gpus), time.monotonic())
+
+
+def _note_start(plan: Plan, job: Job, attempt: str) -> None:
+    who = {"job": None, "host": socket.gethostname(), "pid": os.getpid()}
+    append_event(plan.record(job), "start", attempt=attempt, **who, upstream=plan.upstream_attempts(job))
 
 
 def _ended(plan: Plan, running: Running) -> bool:

@@ -14,15 +14,16 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from poserelay.errors import UserError
 from poserelay.run import write_json
 
-from .attempts import ended_well, read_events
+from .attempts import ended_well, good_attempt, read_events
 from .commands import COMMANDS
 from .config import Local, Resources, Slurm
 from .graph import Job
@@ -47,9 +48,19 @@ class Plan:
     local: Local
     jobs: list[Job]
 
+    @property
+    def typed(self) -> str:
+        """The run directory as one types it in a shell."""
+        return shlex.quote(str(self.run))
+
     def record(self, job: Job) -> Path:
         """Folder of a job's configuration, attempts and logs."""
         return self.run / "launch" / "jobs" / job.name
+
+    def upstream_attempts(self, job: Job) -> dict[str, str | None]:
+        """Of each job that `job` waits for, the attempt that ended well, None where the last one did not."""
+        waits = [other for other in self.jobs if other.name in job.upstream]
+        return {other.name: good_attempt(read_events(self.record(other))) for other in waits}
 
     def named(self, stage: str) -> list[Job]:
         """Jobs of a stage, or the one of this name. Raises UserError where there is none."""
@@ -66,6 +77,8 @@ class Submitted:
 
     ids: dict[str, str] = field(default_factory=dict)
     """Job name to Slurm's id of its last submission, 123 or 123_4."""
+    begun: dict[str, list[str]] = field(default_factory=dict)
+    """Comment of a submission that was begun, and may have been killed before its ids were noted, to its jobs."""
     cancelled: list[str] = field(default_factory=list)
     """Jobs that `launch cancel` stopped and nothing has started again."""
     host: str | None = None
@@ -91,12 +104,12 @@ def make_launch(run: Path) -> Path:
             raise UserError(f"run_dir {run}: not a folder; name another one") from error
         if (folder / "plan.json").exists():
             raise UserError(
-                f"{run}: a launch is already here; `python -m launch status {run}` tells how it stands, "
-                "`launch resume` goes on with it, another run_dir starts anew"
+                f"{run}: a launch is already here; `python -m launch status {shlex.quote(str(run))}` tells how it "
+                "stands, `launch resume` goes on with it, another run_dir starts anew"
             ) from error
         raise UserError(
-            f"{run}: another launch is being submitted here, or was interrupted before it submitted anything; wait, or "
-            "name another run_dir"
+            f"{run}: another launch is being submitted here, or was killed before it submitted anything; wait, or "
+            f"remove {folder}"
         ) from error
     except OSError as error:
         raise UserError(f"run_dir {run}: cannot be made: {error.strerror}; name another folder") from error
@@ -107,6 +120,7 @@ def write_plan(plan: Plan) -> None:
     """Write plan.json, atomically: from now on RUN is a launch."""
     values = {
         "format": FORMAT,
+        "run": str(plan.run),
         **{name: getattr(plan, name) for name in ("cluster", "graph", "commit", "code", "max_requeues")},
         "local": asdict(plan.local),
         "jobs": [asdict(job) for job in plan.jobs],
@@ -123,6 +137,11 @@ def read_plan(run: str | Path) -> Plan:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise UserError(f"{path}: format {values['format']!r}, this version reads {FORMAT}")
+        if os.path.realpath(values["run"]) != os.path.realpath(path.parent.parent):
+            raise UserError(
+                f"{run}: this launch was made as {values['run']}, where its jobs' folders are; move it back, or look "
+                "there"
+            )
         jobs = [
             Job(**{**job, "resources": Resources(**job["resources"]), "slurm": Slurm(**job["slurm"])})
             for job in values["jobs"]
@@ -148,6 +167,11 @@ def read_submitted(plan: Plan) -> Submitted:
         ) from error
 
 
+def submitted_ids(names: Sequence[str], array: str) -> dict[str, str]:
+    """Slurm's ids of jobs that were submitted together as `array`; one alone is no array."""
+    return dict(zip(names, [f"{array}_{n}" for n in range(len(names))] if len(names) > 1 else [array], strict=True))
+
+
 def write_submitted(plan: Plan, submitted: Submitted) -> None:
     """Replace submitted.json atomically."""
     write_json(plan.run / "launch" / "submitted.json", asdict(submitted))
@@ -163,7 +187,7 @@ def submitting(plan: Plan) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{plan.run}: {file.read().strip() or 'another process'} is running this launch; wait for it, or "
-                f"`launch cancel {plan.run}`"
+                f"`launch cancel {plan.typed}`"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -185,9 +209,23 @@ def is_held(plan: Plan) -> bool:
 
 
 def is_done(job: Job, record: Path) -> bool:
-    """Whether a job has ended well: its command returned 0, and a training one left its done.json and export."""
-    if not ended_well(read_events(record)):
-        return False
+    """Whether a job has ended well: its command returned 0, and what it leaves is there."""
     command = COMMANDS[job.command]
-    kept = [Path(job.folder, "done.json"), Path(job.folder, command.hands_off)] if command.trains else []
-    return all(path.exists() for path in kept or [Path(job.folder, command.hands_off)])
+    return ended_well(read_events(record)) and all(
+        Path(job.folder, name).exists() for name in (command.leaves, command.hands_off)
+    )
+
+
+def outdated(plan: Plan) -> dict[str, str]:
+    """Jobs that are done, but from what a job upstream has replaced since: name to which that is."""
+    found: dict[str, str] = {}
+    events = {job.name: read_events(plan.record(job)) for job in plan.jobs}
+    done = {job.name: is_done(job, plan.record(job)) for job in plan.jobs}
+    for job in plan.jobs:
+        seen = next((row for row in reversed(events[job.name]) if row["event"] == "start"), {}).get("upstream") or {}
+        for name in job.upstream if done[job.name] else ():
+            if name in found:
+                found[job.name] = found[name]
+            elif name in seen and (not done[name] or good_attempt(events[name]) != seen[name]):
+                found[job.name] = f"{name} was run again since" if done[name] else f"{name} is to be run again"
+    return found

@@ -39,9 +39,9 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {
+        **os.environ,
         # As many threads on every kind of cluster: results on the CPU depend on their number.
         "OMP_NUM_THREADS": str(cpus),
-        **os.environ,
         **environment,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

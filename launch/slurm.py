@@ -7,7 +7,9 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +20,19 @@ from submitit.slurm.slurm import SlurmExecutor
 from poserelay.errors import UserError
 
 from .commands import COMMANDS
+from .config import Slurm
 from .graph import Job
-from .plan import Plan, Submitted
+from .plan import Plan, Submitted, submitted_ids, write_submitted
 from .task import Task
 
 NO_SBATCH = (
     "sbatch is not on this machine: submit from a login node of the cluster, or run the same graph here with "
     "--cluster local"
 )
+
+
+# What a user's own environment may choose where the graph does not.
+DEFAULTED = ("partition", "account", "qos", "constraint")
 
 
 class _Executor(SlurmExecutor):
@@ -58,7 +65,9 @@ class QueueEntry:
 
 
 def submit(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> Iterator[Array]:
-    """Submit `jobs`, stage by stage, and enter their ids in `submitted`; yields each array once it is submitted.
+    """Submit `jobs`, stage by stage, and enter their ids in `submitted`, which is written before and after each array.
+
+    Yields each array once it is submitted. Ctrl-C is not heeded in between.
 
     Jobs upstream that are not among `jobs` are waited for if `submitted` has an id of them: they are under way.
 
@@ -69,20 +78,50 @@ def submit(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> Iterator[Ar
         raise UserError(NO_SBATCH)
     names = {job.name for job in jobs}
     waited = {name: job_id for name, job_id in submitted.ids.items() if name not in names}
-    sizes: dict[str, int] = {}
+    sizes = _whole_arrays(waited)
     new: list[str] = []
     for stage in dict.fromkeys(job.stage for job in jobs):
         for array in arrays([job for job in jobs if job.stage == stage], waited, sizes):
-            try:
-                ids = _submit_array(plan, array)
-            except (FailedJobError, FailedSubmissionError, OSError) as error:
-                cancel(new)
-                raise UserError(f"stage {stage}: sbatch: {_words(error)}; nothing of this launch is queued") from error
-            new += ids
-            sizes[ids[0].split("_")[0]] = len(ids)
-            for job, job_id in zip(array.jobs, ids, strict=True):
-                waited[job.name] = submitted.ids[job.name] = job_id
+            comment = f"poserelay {uuid.uuid4().hex}"
+            submitted.begun[comment] = [job.name for job in array.jobs]
+            write_submitted(plan, submitted)
+            with _uninterrupted():
+                try:
+                    ids = _submit_array(plan, array, comment)
+                except (FailedJobError, FailedSubmissionError, OSError) as error:
+                    cancel(new)
+                    raise UserError(
+                        f"stage {stage}: sbatch: {_words(error)}; nothing of this was queued (without a cluster: "
+                        "--cluster local)"
+                    ) from error
+                new += ids
+                sizes[ids[0].split("_")[0]] = len(ids)
+                for job, job_id in zip(array.jobs, ids, strict=True):
+                    waited[job.name] = submitted.ids[job.name] = job_id
+                del submitted.begun[comment]
+                write_submitted(plan, submitted)
             yield array
+
+
+def adopt(submitted: Submitted, owner: int) -> None:
+    """Enter the ids of submissions that were killed before they noted them: Slurm knows them by their comment."""
+    if submitted.begun:
+        for line in _squeue(owner, "%A|%F|%k") or []:
+            job_id, array, comment = line.split("|", 2)
+            names = submitted.begun.get(comment.strip())
+            if names:
+                known = submitted_ids(names, array.strip() if len(names) > 1 else job_id.strip())
+                submitted.ids |= {name: known[name] for name in names if name not in submitted.ids}
+
+
+def _whole_arrays(ids: Mapping[str, str]) -> dict[str, int]:
+    """Arrays of which `ids` has every job up to the last, with their number."""
+    places: dict[str, set[int]] = {}
+    for job_id in ids.values():
+        array, _, place = job_id.partition("_")
+        if place:
+            places.setdefault(array, set()).add(int(place))
+    return {array: len(found) for array, found in places.items() if found == set(range(len(found)))}
 
 
 def arrays(jobs: Sequence[Job], ids: Mapping[str, str], sizes: Mapping[str, int]) -> list[Array]:
@@ -131,17 +170,17 @@ def _dependency(needs: Sequence[str], sizes: Mapping[str, int], corresponding: S
 
 def script(plan: Plan, array: Array) -> str:
     """The sbatch script of an array."""
-    executor = _executor(plan, array)
+    executor = _executor(plan, array, None)
     if len(array.jobs) > 1:
         executor.parameters["map_count"] = len(array.jobs)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _submit_array(plan: Plan, array: Array) -> list[str]:
-    executor = _executor(plan, array)
+def _submit_array(plan: Plan, array: Array, comment: str) -> list[str]:
+    executor = _executor(plan, array, comment)
     tasks = [task_of(plan, job) for job in array.jobs]
     # submitit prints Slurm's refusal and raises it too.
-    with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
+    with _own_options(array.jobs[0].slurm), contextlib.redirect_stderr(io.StringIO()):
         if len(tasks) == 1:
             return [executor.submit(tasks[0]).job_id]
         with executor.batch():
@@ -164,7 +203,7 @@ def task_of(plan: Plan, job: Job) -> Task:
     )
 
 
-def _executor(plan: Plan, array: Array) -> _Executor:
+def _executor(plan: Plan, array: Array, comment: str | None) -> _Executor:
     first = array.jobs[0]
     resources, slurm = first.resources, first.slurm
     executor = _Executor(folder=plan.run / "launch" / "submitit")
@@ -178,6 +217,7 @@ def _executor(plan: Plan, array: Array) -> _Executor:
         "gpus_per_node": resources.gpus or None,
         "mem": None if resources.memory is None else f"{round(resources.memory * 1024)}M",
         "dependency": array.dependency,
+        "comment": comment,
         "array_parallelism": slurm.max_parallel,
         "stderr_to_stdout": True,
         **{name: getattr(slurm, name) for name in ("partition", "account", "qos", "constraint", "gres")},
@@ -186,7 +226,7 @@ def _executor(plan: Plan, array: Array) -> _Executor:
         "setup": [*slurm.setup, f"export PYTHONPATH={shlex.quote(plan.code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
         # From Slurm 22.05 on srun does not take --cpus-per-task from the job. When one process fails, the others, which
         # wait for it, are ended; one that is done does not end the others.
-        "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1", "--wait=0"],
+        "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1", "--wait=0", "--export=ALL"],
         "additional_parameters": {
             "chdir": plan.code,
             "requeue": True,
@@ -218,32 +258,33 @@ def cancel(ids: Sequence[str]) -> None:
         subprocess.run(["scancel", *ids], capture_output=True, check=False)
 
 
-def queue(ids: Sequence[str]) -> dict[str, QueueEntry] | None:
-    """What Slurm says of these jobs: those in the queue, and ended ones that it still remembers.
+def queue(ids: Sequence[str], owner: int) -> dict[str, QueueEntry] | None:
+    """What Slurm says of these jobs of user `owner`: those in the queue, and ended ones that it still remembers.
 
     None where it does not answer. Accounting (sacct) is asked for jobs that have left, and may know nothing.
     """
     if not ids:
         return {}
-    try:
-        shown = subprocess.run(
-            ["squeue", "--user", str(os.getuid()), "--array", "--noheader", "--states=all", "--format=%i|%T|%r"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if shown.returncode:
+    lines = _squeue(owner, "%i|%T|%r")
+    if lines is None:
         return None
     wanted, found = set(ids), {}
-    for line in shown.stdout.splitlines():
+    for line in lines:
         job_id, state, reason = (part.strip() for part in [*line.split("|", 2), "", ""][:3])
         if job_id in wanted:
             found[job_id] = QueueEntry(state, reason, live=state not in ENDED)
     missing = sorted(wanted - set(found))
     return {**_accounted(missing), **found} if missing else found
+
+
+def _squeue(owner: int, form: str) -> list[str] | None:
+    """Lines of squeue about all jobs of a user that it knows, a line for every element of an array."""
+    command = ["squeue", "--user", str(owner), "--array", "--noheader", "--states=all", f"--format={form}"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if shown.returncode else shown.stdout.splitlines()
 
 
 # Of `man squeue`, job states that a job does not leave.
@@ -277,20 +318,32 @@ def _accounted(ids: Sequence[str]) -> dict[str, QueueEntry]:
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Without the variables of a Slurm job that this process may run in; sbatch would take them for options.
+def _own_options(slurm: Slurm) -> Iterator[None]:
+    """Without variables that sbatch would prefer to the script's options, or that are another job's.
 
-    submitit's `clean_env` removes SLURM_CONF, too, and the user's own SBATCH_ defaults.
+    A user's own SBATCH_PARTITION and the like hold where the graph says nothing. (submitit's `clean_env` removes these,
+    and SLURM_CONF.)
     """
-    inherited = {}
-    if "SLURM_JOB_ID" in os.environ:
-        for name in list(os.environ):
-            if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF":
-                inherited[name] = os.environ.pop(name)
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SBATCH_CLUSTERS", "SBATCH_RESERVATION"}
+    kept |= {f"SBATCH_{name.upper()}" for name in DEFAULTED if getattr(slurm, name) is None}
+    ours = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
+    removed = {name: value for name, value in os.environ.items() if name.startswith(ours) and name not in kept}
+    for name in removed:
+        del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update(inherited)
+        os.environ.update(removed)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C, which sbatch would get as well, has to wait: a job whose id is not noted could not be cancelled."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _words(error: Exception) -> str:

@@ -61,6 +61,6 @@ def git_state() -> tuple[str | None, str]:
         return None, ""
     present = [name for name in PACKAGES if (ROOT / name).is_dir()]
     diff = git("diff", "HEAD", "--", *present) or ""
-    new = (git("ls-files", "--others", "--exclude-standard", "--", *present) or "").split()
-    diff += "".join(f"new file, in the snapshot: {name}\n" for name in new)
+    new = (git("ls-files", "-z", "--others", "--exclude-standard", "--", *present) or "").split("\0")
+    diff += "".join(f"new file, in the snapshot: {name}\n" for name in new if name)
     return commit.strip() + ("+" if diff else ""), diff

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .attempts import INTERRUPTED, failures, read_events
+from .commands import COMMANDS
 from .config import StatusConfig
 from .graph import Job
-from .plan import Plan, Submitted, is_done, is_held, read_plan, read_submitted
-from .slurm import QueueEntry, queue
+from .plan import Plan, Submitted, is_done, is_held, outdated, read_plan, read_submitted
+from .slurm import QueueEntry, adopt, queue
 
-State = Literal["done", "running", "pending", "failed", "interrupted", "cancelled", "blocked"]
+State = Literal["done", "running", "pending", "failed", "interrupted", "cancelled", "blocked", "outdated"]
 
 TAIL = 65536
 """Bytes of metrics.jsonl that are looked at: the last rows."""
@@ -29,7 +30,7 @@ class JobStatus:
     stage: str
     state: State
     """pending: waits in the queue, or for its turn; interrupted: saved and not in the queue; blocked: will not run, for
-    a job upstream did not end well."""
+    a job upstream did not end well; outdated: done, but with what a job upstream has replaced since."""
     reason: str | None
     """Of a failure, an interruption or a wait."""
     step: int | None
@@ -72,14 +73,22 @@ def job_statuses(plan: Plan, *, from_here: bool = False) -> tuple[list[JobStatus
     `from_here` says that this very process runs or submits the launch.
     """
     submitted = read_submitted(plan)
-    entries = queue(list(submitted.ids.values())) if plan.cluster == "slurm" else {}
+    entries: dict[str, QueueEntry] | None = {}
+    if plan.cluster == "slurm":
+        owner = (plan.run / "launch").stat().st_uid
+        adopt(submitted, owner)
+        entries = queue(list(submitted.ids.values()), owner)
     note = None
     if entries is None:
         note = "squeue does not answer: states are from the run directories alone, and a job called running may be gone"
     held = plan.cluster != "slurm" and not from_here and is_held(plan)
     known: dict[str, JobStatus] = {}
+    old = outdated(plan)
     for job in plan.jobs:
-        known[job.name] = _status(plan, job, submitted, entries, held, known)
+        status = _status(plan, job, submitted, entries, held, known)
+        if job.name in old and status.state == "done":
+            status = replace(status, state="outdated", reason=old[job.name])
+        known[job.name] = status
     return list(known.values()), note
 
 
@@ -93,7 +102,8 @@ def _status(
 ) -> JobStatus:
     events = read_events(plan.record(job))
     starts = [row for row in events if row["event"] == "start"]
-    job_id = submitted.ids.get(job.name) or (starts[-1].get("job") if starts else None)
+    noted = [row["job"] for row in events if row["event"] in ("submitted", "start") and row.get("job")]
+    job_id = submitted.ids.get(job.name) or (noted[-1] if noted else None)
     entry = (entries or {}).get(job_id or "")
     state, reason = _state(plan, job, submitted, events, entry, entries is None, held, known)
     progress = read_progress(Path(job.folder)) if starts else {}
@@ -142,6 +152,8 @@ def _state(
             return "blocked", _blocked(upstream)
         if entry and entry.live:
             waiting = entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+            if entry.state == "SUSPENDED":
+                return "pending", "suspended"
             return ("pending" if waiting else "running"), (entry.reason if waiting else None)
         waits = not upstream and not stopped if not started else any(_goes_on(row) for row in ends)
         if unknown and (running or waits) and job.name not in submitted.cancelled:
@@ -164,7 +176,9 @@ def _state(
             return "pending", "is started again"
         return "interrupted", own[-1].get("reason")
     if own:
-        return "failed", f"ended with 0, but {job.folder} has no export and done.json"
+        command = COMMANDS[job.command]
+        lacks = [name for name in (command.leaves, command.hands_off) if not Path(job.folder, name).exists()]
+        return "failed", f"ended with 0, but {job.folder} lacks {lacks[0] or 'everything' if lacks else 'nothing now'}"
     if running and plan.cluster != "slurm":
         return "interrupted", "the launcher ended, killed or with its machine, while the job ran"
     if running:
@@ -175,12 +189,27 @@ def _state(
         return "blocked", _blocked(upstream)
     if stopped:
         return "blocked", _blocked(stopped)  # Slurm has cancelled it for that
+    if entry and entry.state == "CANCELLED" and entry.reason == "DependencyNeverSatisfied":
+        return "blocked", "Slurm removed it, for a job that it waited for had been removed"
     if entry and entry.state == "CANCELLED":
         return "cancelled", "by scancel, before it started"
     if plan.cluster == "slurm" and job.name in submitted.ids:
         said = f"Slurm says {entry.state}" if entry else "Slurm no longer knows it"
-        return "failed", f"left the queue before it started: {said}"
+        words = _last_line(batch_log(plan, submitted.ids[job.name]))
+        return "failed", f"left the queue before it started: {said}" + (
+            f"; its script's last words: {words}" if words else ""
+        )
     return "interrupted", "not started: the launcher ended before its turn"
+
+
+def batch_log(plan: Plan, job_id: str) -> Path:
+    """What a job's script wrote before and around the stage."""
+    return plan.run / "launch" / "submitit" / f"{job_id}_0_log.out"
+
+
+def _last_line(path: Path) -> str | None:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
 def _goes_on(end: Mapping[str, Any]) -> bool:
@@ -243,10 +272,12 @@ def format_status(plan: Plan, statuses: Sequence[JobStatus], note: str | None) -
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     ]
-    open_ends = sum(status.state in ("failed", "interrupted", "cancelled", "blocked") for status in statuses)
+    open_ends = sum(
+        status.state in ("failed", "interrupted", "cancelled", "blocked", "outdated") for status in statuses
+    )
     if open_ends:
         lines.append(
-            f"{open_ends} of {len(statuses)} will not end by themselves; `launch resume {plan.run}` starts them"
+            f"{open_ends} of {len(statuses)} will not end by themselves; `launch resume {plan.typed}` starts them"
         )
     if note:
         lines.append(f"note: {note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -17,7 +18,7 @@ import yaml
 
 from poserelay.command import to_plain
 from poserelay.errors import UserError
-from poserelay.run import write_text
+from poserelay.run import differences, write_text
 
 from .attempts import append_event, read_events
 from .config import LaunchConfig, ResumeConfig
@@ -33,7 +34,8 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
     Raises UserError before anything is written for whatever is wrong with the graph.
     """
     base = Path.cwd()
-    run = Path(os.path.normpath(base / config.run_dir))
+    run = Path(os.path.normpath(base / os.path.expanduser(config.run_dir)))
+    config = replace(config, run_dir=str(run))
     if run == ROOT or any(run.is_relative_to(ROOT / name) for name in PACKAGES):
         raise UserError(f"run_dir {config.run_dir!r} is the code's own folder; name another one, such as runs/mine")
     # In this process the code is the checkout's.
@@ -52,9 +54,16 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
         local=config.local,
         jobs=graph.jobs,
     )
+    for name, paths in graph.missing.items():
+        problem = f"stage {name}: {paths[0]} is not there" + (f" ({len(paths)} such paths)" if len(paths) > 1 else "")
+        if config.cluster != "slurm" and not config.dry_run:
+            raise UserError(f"{graph_file}: {problem}, and no stage makes it; mend the path")
+        print(f"warning: {problem}, and no stage makes it; the nodes must see it", file=sys.stderr)
     if config.dry_run:
         print(describe(plan, graph))
         return
+    written = {**to_plain(config), "more": dict(more)}
+    refuse_second(plan, written)
     if config.cluster == "slurm":
         from .slurm import NO_SBATCH
 
@@ -65,7 +74,7 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
         commit = take_snapshot(code) if code != ROOT else git_state()[0]
         plan = replace(plan, commit=commit)
         write_configs(plan, graph)
-        write_text(folder / "graph.yaml", yaml.safe_dump({**to_plain(config), "more": dict(more)}, sort_keys=False))
+        write_text(folder / "graph.yaml", yaml.safe_dump(written, sort_keys=False))
         write_plan(plan)
     except BaseException as error:  # Ctrl-C, too, leaves nothing
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,6 +91,24 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
             raise
 
 
+def refuse_second(plan: Plan, graph: Mapping[str, Any]) -> None:
+    """UserError where a launch is in the run directory, saying whether it is of this graph."""
+    folder = plan.run / "launch"
+    if not (folder / "plan.json").exists():
+        return
+    try:
+        known = yaml.safe_load((folder / "graph.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        known = {}
+    changes = differences(known, graph)
+    shown = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:3])
+    what = f"another graph ({shown}), which `launch resume` goes on with" if changes else "this very graph"
+    raise UserError(
+        f"{plan.run}: a launch is already here, of {what}; `launch status {plan.typed}` tells how it stands, "
+        f"{'another run_dir starts this one' if changes else '`launch resume` goes on with it'}"
+    )
+
+
 def resume(config: ResumeConfig) -> None:
     """Start again what is neither done nor under way. Raises UserError where there is no launch."""
     from .status import job_statuses
@@ -94,6 +121,13 @@ def resume(config: ResumeConfig) -> None:
         left = {status.name for status in statuses if status.state not in ("done", "running", "pending")}
         if plan.cluster != "slurm":
             left = {status.name for status in statuses if status.state != "done"}
+        # A job in the queue waits for an id upstream that will not come back: it is submitted anew with the others.
+        waiting = set[str]()
+        pending = {status.name for status in statuses if status.state == "pending"}
+        for job in plan.jobs:
+            if job.name in pending - left and (left | waiting).intersection(job.upstream):
+                waiting.add(job.name)
+        left |= waiting
         jobs = [job for job in plan.jobs if job.name in left]
         if not jobs:
             print(f"{plan.run}: nothing to start: every job is done, running or pending", file=sys.stderr)
@@ -105,6 +139,12 @@ def resume(config: ResumeConfig) -> None:
         elif not Path(plan.code).is_dir():
             raise UserError(f"{plan.code}: the code of this launch is gone; `launch resume --new_code` takes this one")
         submitted = read_submitted(plan)
+        if plan.cluster == "slurm":
+            from . import slurm
+
+            slurm.adopt(submitted, (plan.run / "launch").stat().st_uid)
+            submitted.begun = {}
+            slurm.cancel([submitted.ids[name] for name in waiting if name in submitted.ids])
         submitted.cancelled = [name for name in submitted.cancelled if name not in left]
         submitted.ids = {name: job_id for name, job_id in submitted.ids.items() if name not in left}
         done = {status.name for status in statuses if status.state == "done"}
@@ -121,11 +161,10 @@ def start(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> None:
         for array in slurm.submit(plan, jobs, submitted):
             for job in array.jobs:
                 append_event(plan.record(job), "submitted", job=submitted.ids[job.name])
-            write_submitted(plan, submitted)
             first, last = submitted.ids[array.jobs[0].name], submitted.ids[array.jobs[-1].name]
             span = first if first == last else f"{first} .. {last}"
             print(f"{array.jobs[0].stage}: {len(array.jobs)} submitted as {span}", file=sys.stderr)
-        print(f"{plan.run}: `python -m launch status {plan.run}` tells how it stands", file=sys.stderr)
+        print(f"{plan.run}: `python -m launch status {plan.typed}` tells how it stands", file=sys.stderr)
         return
     submitted.host, submitted.pid = socket.gethostname(), os.getpid()
     write_submitted(plan, submitted)
@@ -151,7 +190,7 @@ def describe(plan: Plan, graph: Graph) -> str:
         lines += [
             "",
             f"{job.name}",
-            f"  python -m {job.command} --config {plan.record(job) / 'config.yaml'}",
+            f"  python -m {job.command} --config {shlex.quote(str(plan.record(job) / 'config.yaml'))}",
             f"  waits for  {', '.join(job.upstream) or '-'}",
             f"  resources  {resources.nodes} x {resources.processes_per_node} processes, "
             f"{resources.gpus} GPUs per node, {resources.cpus} cores per process"

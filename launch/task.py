@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from typing import Any
 from .attempts import (
     INTERRUPTED,
     append_event,
-    ended_well,
     failures,
+    good_attempt,
     is_interruption,
     read_events,
     reason_of,
     requeues,
 )
 from .process import contract, start
+
+# That scontrol is tried again while slurmctld cannot be reached.
+SECONDS_FOR_SLURM = 300
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class Task:
         attempt = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"  # the same in all of the job's processes
         log = record / f"rank{rank}.log"
         offset = log.stat().st_size if log.exists() else 0
+        upstream = {name: good_attempt(read_events(Path(folder))) for name, folder in self.upstream.items()}
         if rank == 0:
-            append_event(record, "start", attempt=attempt, job=job, host=socket.gethostname(), pid=os.getpid())
-        unfinished = [name for name, folder in self.upstream.items() if not ended_well(read_events(Path(folder)))]
+            who = {"job": job, "host": socket.gethostname(), "pid": os.getpid()}
+            append_event(record, "start", attempt=attempt, **who, upstream=upstream)
+        unfinished = [name for name, seen in upstream.items() if seen is None]
         if unfinished:
             reason = f"upstream {unfinished[0]} has not ended well; `launch status` tells why, `launch resume` goes on"
             append_event(record, "end", attempt=attempt, rank=rank, code=2, reason=reason)
@@ -109,6 +115,8 @@ class Task:
             # Another process failed, and srun ended this one for it.
             append_event(record, "end", **end, requeued=False)
         elif verdict != "RUNNING":
+            if verdict == "unknown":
+                end["reason"] = f"{end['reason']}; Slurm did not answer, so it was not started again"
             if verdict == "TIMEOUT":
                 end["reason"] = f"{end['reason']}; too late to be started again: raise slurm.signal_delay"
             append_event(record, "end", **end, requeued=False, slurm=verdict)
@@ -137,14 +145,22 @@ def slurm_id() -> str:
 
 
 def scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run scontrol to its end: Slurm sends its signals, some of them twice, to every process of a job."""
+    """Run scontrol to its end: Slurm sends its signals, some of them twice, to every process of a job.
+
+    A slurmctld that is restarted is waited for.
+    """
 
     def heed_none() -> None:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
 
-    command = ["scontrol", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed_none)
+    until = time.monotonic() + SECONDS_FOR_SLURM
+    while True:
+        command = ["scontrol", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed_none)
+        if done.returncode == 0 or "contact" not in done.stderr or time.monotonic() > until:
+            return done
+        time.sleep(5)
 
 
 def slurm_verdict(job: str) -> str:
@@ -156,7 +172,8 @@ def slurm_verdict(job: str) -> str:
     fields = {name: value for name, _, value in (field.partition("=") for field in shown.stdout.split())}
     state = fields.get("JobState", "unknown")
     if state == "COMPLETING":
-        if fields.get("EndTime") == "Unknown":
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if fields.get("EndTime") == "Unknown" or int(fields.get("Restarts", "0")) > restarts:
             return "REQUEUED"
         return "TIMEOUT" if fields.get("Reason") == "TimeLimit" else "CANCELLED"
     return "REQUEUED" if state == "PENDING" else state

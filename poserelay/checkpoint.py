@@ -287,7 +287,8 @@ def restore_training(
         return state
     if saved["upstream"] != (dict(upstream) if upstream else None):
         raise UserError(
-            "init_from: the file has changed since this run started from it; put it back, or name a new run_dir"
+            "init_from: the file has changed since this run started from it; put it back, name a new run_dir, or "
+            "remove this run to train it anew"
         )
     if saved["state"]["world"] != state.world:
         raise UserError(

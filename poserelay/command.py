@@ -86,8 +86,9 @@ def with_absolute_paths(config: Config, base: Path, moved: Callable[[Path], Path
     """`config` with every path in it absolute, to be started from another folder.
 
     A path is what a field holds whose type carries a `config.PathField`, also in a nested or optional dataclass or in
-    a list. It is joined to `base`, an absolute folder, where it is relative, and normalised; symbolic links stay. It
-    then becomes what `moved` makes of it, also where it was given as an absolute one.
+    a list. A leading ~ is the user's home, as in a shell; where it is relative it is joined to `base`, an absolute
+    folder, and normalised; symbolic links stay. It then becomes what `moved` makes of it, also where it was given as
+    an absolute one.
     """
 
     def placed(value: Any, mark: PathField | None) -> Any:
@@ -96,7 +97,7 @@ def with_absolute_paths(config: Config, base: Path, moved: Callable[[Path], Path
         if isinstance(value, (list, tuple)):
             return type(value)(placed(item, mark) for item in value)
         if mark and isinstance(value, str) and mark.is_path(value):
-            return str(moved(Path(os.path.normpath(base / value))))
+            return str(moved(Path(os.path.normpath(base / os.path.expanduser(value)))))
         return value
 
     owner: Any = config

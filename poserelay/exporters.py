@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save
 
-from .checkpoint import UNUSED_FUSE_ROWS, read_export
+from .checkpoint import UNUSED_FUSE_ROWS, read_export, verify_handoff
 from .config import ExportConfig, Named
 from .errors import UserError
 from .layouts import summary
@@ -33,6 +33,7 @@ def main(config: ExportConfig) -> None:
     path, out = Path(config.checkpoint), Path(config.out)
     if os.path.lexists(out):
         raise UserError(f"out {out}: is already there; name a new file")
+    verify_handoff(path)
     state, described = read_export(path)
     backbone = Named(**described["backbone"])
     own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}

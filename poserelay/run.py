@@ -201,7 +201,7 @@ def open_run(path: Path, stage: str, config: Mapping[str, Any], resume: Literal[
             raise UserError(
                 f"{path}: a run is already here and --resume is never; name a new folder, or use --resume auto"
             )
-        changes = _differences(read_config(path), config)
+        changes = differences(read_config(path), config)
         if changes:
             shown = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:5])
             raise UserError(
@@ -231,11 +231,17 @@ def running(run: Run | None) -> Iterator[None]:
 
 
 def is_finished(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `path` holds the finished run of this very configuration, its exports as they were written."""
+    """Whether `path` holds the finished run of this very configuration, its exports as they were written.
+
+    A run that started from a file which is another one now is not: it was trained from something else.
+    """
     exports = recorded_exports(path)
-    if not exports or not (path / "config.yaml").exists() or _differences(read_config(path), config):
+    if not exports or not (path / "config.yaml").exists() or differences(read_config(path), config):
         return False
     files = {path / "export" / name: sha256 for name, sha256 in exports.items()}
+    upstream = json.loads((path / "done.json").read_text(encoding="utf-8")).get("upstream")
+    if config.get("init_from") and upstream and Path(config["init_from"]).is_file():
+        files[Path(config["init_from"])] = upstream["sha256"]
     return all(file.exists() and file_sha256(file) == sha256 for file, sha256 in files.items())
 
 
@@ -315,14 +321,14 @@ def _acquire(path: Path) -> IO[str]:
     return file
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted fields that differ and matter."""
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted fields of two configurations that differ and matter (UNCOMPARED do not): name, old, new."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [(prefix, old, new)] if old != new else []
     found = []
     for name in [*old, *(name for name in new if name not in old)]:
         if prefix or name not in UNCOMPARED:
-            found += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+            found += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
     return found
 
 

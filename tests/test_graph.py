@@ -578,7 +578,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, *argu
         ),
         (f"a: {PREPARE}", ("--a.quality",), ["--a.quality: its value is missing"]),
         (f"a: {PREPARE}", ("--a.qualty", "3"), ["stage a", "'qualty'", "'quality'"]),
-        (f"a: {PREPARE}", ("--b.quality", "3"), ["'b.quality'"]),
+        (f"a: {PREPARE}", ("--b.quality", "3"), ["no stage or option 'b'", "the stages are a"]),
         (f"a: {PREPARE}", ("--resources", "{gpu: 1}"), ["gpu"]),
         ("a: {comand: poserelay prepare}", (), ["graph.yaml:3", "'stages.a.comand'"]),
         ("a: {command: poserelay prepare, after: b}", (), ["graph.yaml:3", "'stages.a.after'", "list"]),

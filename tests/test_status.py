@@ -50,7 +50,7 @@ class Launch:
 
     def submit(self, *cancelled: str) -> None:
         ids = {"a": "7", "b": "8_0", "c": "9"} if self.plan.cluster == "slurm" else {}
-        write_submitted(self.plan, Submitted(ids, list(cancelled), socket.gethostname(), os.getpid()))
+        write_submitted(self.plan, Submitted(ids, {}, list(cancelled), socket.gethostname(), os.getpid()))
 
     def events(self, name: str, *rows: Mapping[str, Any]) -> None:
         (job,) = self.plan.named(name)
@@ -61,7 +61,7 @@ class Launch:
         known = None
         if entries is not None:
             known = {key: QueueEntry(state, reason, state not in ENDED) for key, (state, reason) in entries.items()}
-        self.patch.setattr(launch.status, "queue", lambda ids: known)
+        self.patch.setattr(launch.status, "queue", lambda ids, owner: known)
 
     def held(self, held: bool) -> None:
         self.patch.setattr(launch.status, "is_held", lambda plan: held)
@@ -103,7 +103,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
         (("REQUEUED", "BeginTime"), ("pending", "BeginTime")),
         (("CONFIGURING", "None"), ("running", None)),
         (("RUNNING", "None"), ("running", None)),
-        (("SUSPENDED", "None"), ("running", None)),
+        (("SUSPENDED", "None"), ("pending", "suspended")),
         (("COMPLETING", "None"), ("running", None)),
     ],
 )
@@ -135,7 +135,7 @@ def test_an_end_without_its_files_is_no_success(slurm: Launch) -> None:
     (slurm.plan.run / "a/export/model.safetensors").unlink()
     state, reason = slurm.state()
     assert state == "failed"
-    assert "no export" in str(reason)
+    assert "lacks export/model.safetensors" in str(reason)
 
 
 def test_a_job_is_not_done_by_the_files_of_an_earlier_start(slurm: Launch) -> None:
