@@ -54,6 +54,11 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
         local=config.local,
         jobs=graph.jobs,
     )
+    if config.cluster == "slurm" and not config.dry_run:
+        from .slurm import NO_SBATCH
+
+        if not shutil.which("sbatch"):
+            raise UserError(NO_SBATCH)
     for name, paths in graph.missing.items():
         problem = f"stage {name}: {paths[0]} is not there" + (f" ({len(paths)} such paths)" if len(paths) > 1 else "")
         if config.cluster != "slurm" and not config.dry_run:
@@ -64,11 +69,6 @@ def launch(config: LaunchConfig, more: Mapping[str, Sequence[str]], graph_file: 
         return
     written = {**to_plain(config), "more": dict(more)}
     refuse_second(plan, written)
-    if config.cluster == "slurm":
-        from .slurm import NO_SBATCH
-
-        if not shutil.which("sbatch"):
-            raise UserError(NO_SBATCH)
     folder = make_launch(run)
     try:
         commit = take_snapshot(code) if code != ROOT else git_state()[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from poserelay.errors import CheckFailed
 from poserelay.run import read_metrics
 
 from .processes import finish, kill, ranks, start
-from .test_training import STAGES, Stage
+from .test_training import STAGES, Stage, assert_same_run
 
 NO_BATCH_NORM = (
     "--model.backbone",
@@ -49,6 +51,26 @@ def test_two_processes_train_like_one_with_twice_the_batch(people: Path, tmp_pat
     size = math.sqrt(sum(float(value.double().square().sum()) for value in first.values()))
     print(f"relative difference after {steps['one']} steps: {difference / size:.2e}")
     assert difference / size < 1e-5
+
+
+@pytest.mark.slow
+def test_three_processes_interrupted_end_with_the_same_bytes(people: Path, tmp_path: Path) -> None:
+    # From three on the order of a sum shows in its last bits.
+    pretrain, arguments = STAGES["pretrain"]
+
+    def run(folder: Path, *, stopped: bool) -> list[int]:
+        argv = arguments(people, folder, "--optim.batch_size", "2", "--optim.epochs", "3")
+        processes = [start(pretrain, argv, tmp_path / "log", environment) for environment in ranks(3)]
+        while stopped and not any(row["step"] >= 4 for row in read_metrics(folder / "metrics.jsonl")):
+            time.sleep(0.01)
+        for process in processes if stopped else []:
+            os.kill(process, signal.SIGUSR2)
+        return [finish(process) for process in processes]
+
+    assert run(tmp_path / "whole", stopped=False) == [0, 0, 0], (tmp_path / "log").read_text()
+    assert run(tmp_path / "cut", stopped=True) == [75, 75, 75], (tmp_path / "log").read_text()
+    assert run(tmp_path / "cut", stopped=False) == [0, 0, 0], (tmp_path / "log").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_two_processes_with_batch_norm_end_with_finite_weights(people: Path, tmp_path: Path) -> None:
