@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from poserelay.errors import UserError
+from poserelay.run import write_atomic
 
 from .commands import COMMANDS
 from .config import Slurm
@@ -78,7 +79,7 @@ def submit(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> Iterator[Ar
         raise UserError(NO_SBATCH)
     names = {job.name for job in jobs}
     waited = {name: job_id for name, job_id in submitted.ids.items() if name not in names}
-    sizes = _whole_arrays(waited)
+    sizes = _whole_arrays(plan, waited)
     new: list[str] = []
     for stage in dict.fromkeys(job.stage for job in jobs):
         for array in arrays([job for job in jobs if job.stage == stage], waited, sizes):
@@ -103,25 +104,42 @@ def submit(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> Iterator[Ar
             yield array
 
 
-def adopt(submitted: Submitted, owner: int) -> None:
-    """Enter the ids of submissions that were killed before they noted them: Slurm knows them by their comment."""
-    if submitted.begun:
-        for line in _squeue(owner, "%A|%F|%k") or []:
-            job_id, array, comment = line.split("|", 2)
-            names = submitted.begun.get(comment.strip())
-            if names:
-                known = submitted_ids(names, array.strip() if len(names) > 1 else job_id.strip())
-                submitted.ids |= {name: known[name] for name in names if name not in submitted.ids}
+def adopt(submitted: Submitted, owner: int) -> list[str]:
+    """Enter the ids of submissions that were killed before they noted them: Slurm knows them by their comment.
+
+    Returns the jobs whose ids these are.
+    """
+    adopted: dict[str, str] = {}
+    for line in (_squeue(owner, "%A|%F|%k") or []) if submitted.begun else []:
+        job_id, array, comment = line.split("|", 2)
+        names = submitted.begun.get(comment.strip(), [])
+        known = submitted_ids(names, array.strip() if len(names) > 1 else job_id.strip()) if names else {}
+        adopted |= {name: known[name] for name in names if name not in submitted.ids}
+    submitted.ids |= adopted
+    return list(adopted)
 
 
-def _whole_arrays(ids: Mapping[str, str]) -> dict[str, int]:
-    """Arrays of which `ids` has every job up to the last, with their number."""
-    places: dict[str, set[int]] = {}
-    for job_id in ids.values():
-        array, _, place = job_id.partition("_")
-        if place:
-            places.setdefault(array, set()).add(int(place))
-    return {array: len(found) for array, found in places.items() if found == set(range(len(found)))}
+def supply(plan: Plan, submitted: Submitted, names: Sequence[str]) -> None:
+    """Write the tasks of adopted jobs, which submitit does only after sbatch: they wait a minute for them, and fail."""
+    for job in plan.jobs:
+        if job.name in names:
+            path = plan.run / "launch" / "submitit" / f"{submitted.ids[job.name]}_submitted.pkl"
+            if not path.exists():
+                write_atomic(path, DelayedSubmission(task_of(plan, job)).dump)
+
+
+def _whole_arrays(plan: Plan, ids: Mapping[str, str]) -> dict[str, int]:
+    """Arrays that are a whole stage, with their number of jobs.
+
+    Of others it is not known how many jobs they had: one that was submitted anew may have been the last.
+    """
+    found = {}
+    for stage in dict.fromkeys(job.stage for job in plan.jobs):
+        theirs = [ids.get(job.name, "") for job in plan.jobs if job.stage == stage]
+        array = theirs[0].partition("_")[0]
+        if array and theirs == [f"{array}_{place}" for place in range(len(theirs))]:
+            found[array] = len(theirs)
+    return found
 
 
 def arrays(jobs: Sequence[Job], ids: Mapping[str, str], sizes: Mapping[str, int]) -> list[Array]:

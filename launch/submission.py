@@ -118,6 +118,13 @@ def resume(config: ResumeConfig) -> None:
         statuses, note = job_statuses(plan, from_here=True)
         if note:
             raise UserError(f"{plan.run}: {note}; nothing was submitted")
+        submitted = read_submitted(plan)
+        if plan.cluster == "slurm" and submitted.begun:
+            from . import slurm
+
+            slurm.supply(plan, submitted, slurm.adopt(submitted, (plan.run / "launch").stat().st_uid))
+            submitted.begun = {}
+            write_submitted(plan, submitted)
         left = {status.name for status in statuses if status.state not in ("done", "running", "pending")}
         if plan.cluster != "slurm":
             left = {status.name for status in statuses if status.state != "done"}
@@ -138,12 +145,9 @@ def resume(config: ResumeConfig) -> None:
             write_plan(plan)
         elif not Path(plan.code).is_dir():
             raise UserError(f"{plan.code}: the code of this launch is gone; `launch resume --new_code` takes this one")
-        submitted = read_submitted(plan)
         if plan.cluster == "slurm":
             from . import slurm
 
-            slurm.adopt(submitted, (plan.run / "launch").stat().st_uid)
-            submitted.begun = {}
             slurm.cancel([submitted.ids[name] for name in waiting if name in submitted.ids])
         submitted.cancelled = [name for name in submitted.cancelled if name not in left]
         submitted.ids = {name: job_id for name, job_id in submitted.ids.items() if name not in left}

@@ -44,7 +44,9 @@ def being_written(folder: Path, name: str, process: int) -> Callable[[], bool]:
     return seen
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "contrast" else pytest.mark.slow) for stage in STAGES]
+)
 def test_killed_while_a_file_is_replaced(people: Path, tmp_path: Path, stage: str) -> None:
     main, arguments = STAGES[stage]
     large = ("--model.backbone", "{name: resnet18, kwargs: {}}", "--save_every", "3")  # long enough writes to hit
