@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,6 +48,8 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
     if precision == "fp16" and not cuda:
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     world = _variable("WORLD_SIZE", "1")
+    # Fabric advises to start it with srun wherever it finds one; whoever starts us has decided that.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     if world == 1:
         # Without the explicit environment Fabric would read Slurm's variables and may start or expect more processes.
         fabric = Fabric(
