@@ -48,7 +48,7 @@ def cancel(config: CancelConfig) -> None:
         slurm.adopt(submitted, (plan.run / "launch").stat().st_uid)
         submitted.cancelled = [*submitted.cancelled, *(name for name in names if name not in submitted.cancelled)]
         write_submitted(plan, submitted)
-        slurm.cancel([submitted.ids[name] for name in names])
+        slurm.cancel([submitted.ids[name] for name in names if name in submitted.ids])
         print(f"{len(names)} of {len(wanted)} jobs cancelled; the others were not under way", file=sys.stderr)
         return
     submitted = read_submitted(plan)

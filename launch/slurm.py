@@ -298,8 +298,9 @@ def queue(ids: Sequence[str], owner: int) -> dict[str, QueueEntry] | None:
 def _squeue(owner: int, form: str) -> list[str] | None:
     """Lines of squeue about all jobs of a user that it knows, a line for every element of an array."""
     command = ["squeue", "--user", str(owner), "--array", "--noheader", "--states=all", f"--format={form}"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # they hide jobs
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=own)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if shown.returncode else shown.stdout.splitlines()
@@ -356,7 +357,7 @@ def _own_options(slurm: Slurm) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C, which sbatch would get as well, has to wait: a job whose id is not noted could not be cancelled."""
+    """Ctrl-C, which sbatch would get as well, is not heeded: a job whose id is not noted could not be cancelled."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .attempts import INTERRUPTED, failures, read_events
+from .attempts import INTERRUPTED, failures, good_attempt, read_events
 from .commands import COMMANDS
 from .config import StatusConfig
 from .graph import Job
@@ -137,11 +137,16 @@ def _state(
     known: Mapping[str, JobStatus],
 ) -> tuple[State, str | None]:
     """State and its reason. What the job itself recorded comes before what Slurm remembers, which it soon forgets."""
-    if is_done(job, plan.record(job)):
-        return "done", None
     last = next((row for row in reversed(events) if row["event"] in ("submitted", "start")), None)
     attempt = last.get("attempt") if last and last["event"] == "start" else None
     started = attempt is not None
+    # One that was outdated, and that `launch resume` has submitted since, has the files of its earlier start.
+    before = (good_attempt(events) or "").rpartition(".")[0]
+    again = (entry is not None and entry.live and before != submitted.ids.get(job.name, before)) or (
+        held and not started
+    )
+    if is_done(job, plan.record(job)) and not again:
+        return "done", None
     ends = [row for row in events if row["event"] == "end" and started and row.get("attempt") == attempt]
     bad = failures(events, attempt) if attempt else []
     running = started and not bad and not any(row.get("rank") == 0 for row in ends)

@@ -122,9 +122,11 @@ def resume(config: ResumeConfig) -> None:
         if plan.cluster == "slurm" and submitted.begun:
             from . import slurm
 
-            slurm.supply(plan, submitted, slurm.adopt(submitted, (plan.run / "launch").stat().st_uid))
-            submitted.begun = {}
-            write_submitted(plan, submitted)
+            adopted = slurm.adopt(submitted, (plan.run / "launch").stat().st_uid)
+            if adopted:
+                slurm.supply(plan, submitted, adopted)
+                submitted.begun = {}
+                write_submitted(plan, submitted)
         left = {status.name for status in statuses if status.state not in ("done", "running", "pending")}
         if plan.cluster != "slurm":
             left = {status.name for status in statuses if status.state != "done"}

@@ -158,7 +158,8 @@ def scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
     while True:
         command = ["scontrol", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed_none)
-        if done.returncode == 0 or "contact" not in done.stderr or time.monotonic() > until:
+        away = any(words in done.stderr for words in ("contact", "timed out", "Communication"))
+        if done.returncode == 0 or not away or time.monotonic() > until:
             return done
         time.sleep(5)
 

@@ -316,7 +316,7 @@ def test_cancel_stops_a_local_launch(make: Callable[..., Plan], tmp_path: Path) 
     assert main(["cancel", str(plan.run), "--stage", "a"]) == 2
     assert main(["cancel", str(plan.run)]) == 0
     assert finish(process) == 75
-    assert states(plan)["a"][0] == "interrupted"
+    assert states(plan)["a"] == ("cancelled", "by `launch cancel`")
     assert main(["cancel", str(plan.run)]) == 0  # nothing runs
 
 
@@ -502,11 +502,12 @@ def test_debug_runs_a_graph_in_this_process(people: Path, tmp_path: Path, capfd:
     capfd.readouterr()
     (tmp_path / "other").mkdir()
     stages = training(people)
-    stages["finetune"]["overrides"]["data"] = {**stages["finetune"]["overrides"]["data"], "annotations": "/none.json"}
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    stages["finetune"]["overrides"]["data"] = {**stages["finetune"]["overrides"]["data"], "annotations": str(damaged)}
     assert main([*write_graph(tmp_path / "other", stages), "--cluster", "debug"]) == 2
     message = capfd.readouterr().err
-    assert "/none.json" in message
-    assert "finetune/count=5 failed: exit code 2" in message
+    assert f"finetune/count=5 failed: {damaged}" in message
     assert "(4 of 5 jobs failed or were not run" in message
 
 

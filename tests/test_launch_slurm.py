@@ -26,14 +26,15 @@ import yaml
 
 from launch.__main__ import main
 from launch.attempts import read_events
-from launch.config import ResumeConfig
-from launch.plan import read_plan, read_submitted
+from launch.config import Local, Resources, Slurm
+from launch.graph import Job
+from launch.plan import Plan, Submitted, read_plan, read_submitted, write_plan
 from launch.snapshot import PACKAGES, ROOT
 from launch.status import JobStatus, job_statuses
-from launch.submission import resume
+from launch.submission import start
 from poserelay.run import read_metrics
 
-from .slurm_cluster import Cluster, all_processes, missing, slurm_cluster
+from .slurm_cluster import Cluster, all_processes, daemons, missing, slurm_cluster
 from .test_training import assert_same_run, finetune_arguments, pretrain_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -85,6 +86,13 @@ def ended(run: Path, *jobs: str, seconds: float = 400) -> dict[str, JobStatus]:
         return None if under_way else found
 
     return wait_until(seen, seconds, lambda: [(s.name, s.state, s.reason) for s in statuses(run).values()])
+
+
+def resume_apart(run: Path) -> None:
+    """In a process of its own: signals are for main threads alone."""
+    command = [sys.executable, "-m", "launch", "resume", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def slurm_id(run: Path, job: str) -> str:
@@ -214,19 +222,19 @@ def _ended(launches: Launches, pool: ThreadPoolExecutor) -> None:
         started(run, "train")
         cluster.run("scancel", slurm_id(run, "train"))
         told["scancel"] = ended(run)
-        resume(ResumeConfig(str(run)))
+        resume_apart(run)
         process = started(run, "train", 2)
         cluster.run("scancel", slurm_id(run, "after"))
         told["pending"] = ended(run, "after")
         os.kill(process, signal.SIGKILL)
         told["stage"] = ended(run)
-        resume(ResumeConfig(str(run)))
+        resume_apart(run)
         process = started(run, "train", 3)
         os.kill(parent(process), signal.SIGKILL)
         told["task"] = ended(run)
         wait_until(lambda: process not in all_processes(), 20)
         assert not (run / "after").exists()
-        resume(ResumeConfig(str(run)))
+        resume_apart(run)
         told["end"] = ended(run)
         return told
 
@@ -401,6 +409,239 @@ def test_demo_graph_as_on_this_machine(launches: Launches) -> None:
             assert_same_run(launches.folder / "demo" / name, here / name)
 
 
+# Scheduling alone, of stages without torch
+
+
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+run, name = str(Path(sys.argv[-1]).parent).split("/launch/jobs/")
+gate, told = Path(run, "gate." + name.partition("/")[0]), []
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda *_: told.append(Path(run, "told").touch()))
+while gate.exists() and not told:
+    time.sleep(0.05)
+while told and Path(run, "saving").exists():
+    time.sleep(0.05)
+if told:
+    sys.exit(75)
+for file in ("export/model.safetensors", "done.json"):
+    Path(run, name, file).parent.mkdir(parents=True, exist_ok=True)
+    Path(run, name, file).write_text("{}")
+"""
+# a(3) -> b(3) -> c(3), job by job, and z after all of c.
+CHAIN = {
+    **{f"a/{n}": list[str]() for n in range(3)},
+    **{f"b/{n}": [f"a/{n}"] for n in range(3)},
+    **{f"c/{n}": [f"b/{n}"] for n in range(3)},
+    "z": [f"c/{n}" for n in range(3)],
+}
+
+
+def bare(run: Path, upstream: dict[str, list[str]], *gates: str, **slurm: dict[str, Any]) -> Plan:
+    """A launch that is not submitted yet; jobs of the stages `gates` wait for RUN/gate.STAGE to be removed."""
+    code = run / "launch" / "code"
+    for name in ("launch", "poserelay"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "finetune").mkdir()
+    (code / "finetune/__init__.py").touch()
+    (code / "finetune/__main__.py").write_text(STAGE)
+    jobs = []
+    for name, needs in upstream.items():
+        stage = name.partition("/")[0]
+        options = Slurm(**slurm.get(stage, {}))
+        jobs.append(Job(name, stage, "finetune", {}, str(run / name), needs, Resources(cpus=1, memory=1), options))
+    plan = Plan(run, "slurm", "g.yaml", None, str(code), 2, Local(), jobs)
+    for job in jobs:
+        plan.record(job).mkdir(parents=True)
+    for stage in gates:
+        (run / f"gate.{stage}").touch()
+    write_plan(plan)
+    return plan
+
+
+def states(plan: Plan) -> dict[str, tuple[str, str | None]]:
+    return {name: (status.state, status.reason) for name, status in statuses(plan.run).items()}
+
+
+def starts(plan: Plan) -> dict[str, int]:
+    return {job.name: sum(row["event"] == "start" for row in read_events(plan.record(job))) for job in plan.jobs}
+
+
+def queued(cluster: Cluster, plan: Plan) -> list[str]:
+    """The stage of every job of this launch that runs or waits, an element of an array each."""
+    lines = cluster.run("squeue", "-r", "-h", "-o", "%j").splitlines()
+    return sorted(line.rpartition(".")[2] for line in lines if line.startswith(f"{plan.run.name}."))
+
+
+def submit_with(sbatch: str, plan: Plan, folder: Path) -> int:
+    """Submit in a process that finds the script `sbatch`; its exit code.
+
+    $real in it is the real one, $n the number of the call.
+    """
+    folder.mkdir()
+    head = f"#!/bin/bash\nreal={shutil.which('sbatch')}; echo >> {folder}/calls; n=$(wc -l < {folder}/calls)\n"
+    (folder / "sbatch").write_text(head + sbatch)
+    (folder / "sbatch").chmod(0o755)
+    code = (
+        "import sys; from launch.plan import *; from launch.submission import start\n"
+        "plan = read_plan(sys.argv[1])\nwith submitting(plan):\n    start(plan, plan.jobs, Submitted())"
+    )
+    path = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", code, str(plan.run)]
+    return subprocess.run(command, cwd=ROOT, env=path, capture_output=True).returncode
+
+
+@pytest.mark.parametrize("call_number", [1, 2])
+def test_a_submission_killed_before_it_noted_the_ids(cluster: Cluster, tmp_path: Path, call_number: int) -> None:
+    """The first call submits one job, the second an array."""
+    plan = bare(tmp_path / f"killed{call_number}", {"o": [], **CHAIN}, "o", "a")
+    killed = f'out=$($real "$@"); [ $n = {call_number} ] && kill -9 $PPID; echo "$out"'
+    assert submit_with(killed, plan, tmp_path / "bin") == -signal.SIGKILL
+    there = ["o"] if call_number == 1 else ["a", "a", "a", "o"]
+    assert queued(cluster, plan) == there
+    found = statuses(plan.run)
+    assert {s.stage for s in found.values() if s.state in ("pending", "running")} == set(there)
+    assert {s.state for s in found.values() if s.stage not in there} <= {"interrupted", "blocked"}
+    if call_number == 1:
+        assert call("cancel", plan.run)[0] == 0
+        wait_until(lambda: not queued(cluster, plan), 20)
+        assert states(plan)["o"] == ("cancelled", "by `launch cancel`")
+        return
+    assert call("resume", plan.run)[0] == 0
+    assert queued(cluster, plan) == sorted(job.stage for job in plan.jobs)
+    for stage in "oa":
+        (plan.run / f"gate.{stage}").unlink()
+    assert {s.state for s in ended(plan.run, seconds=60).values()} == {"done"}
+    assert set(starts(plan).values()) == {1}
+
+
+def test_ctrl_c_while_sbatch_runs_loses_no_id(cluster: Cluster, tmp_path: Path) -> None:
+    plan = bare(tmp_path / "interrupted", CHAIN, "a")
+    submit_with('kill -INT $PPID; exec $real "$@"', plan, tmp_path / "bin")
+    submitted = read_submitted(plan)
+    assert not submitted.begun
+    assert queued(cluster, plan) == sorted(job.stage for job in plan.jobs if job.name in submitted.ids)
+    assert call("cancel", plan.run)[0] == 0
+    wait_until(lambda: not queued(cluster, plan), 20)
+
+
+def test_a_chain_is_cancelled_resumed_robbed_of_a_job_and_partly_run_again(cluster: Cluster, tmp_path: Path) -> None:
+    plan = bare(tmp_path / "chain", CHAIN, "a")
+    start(plan, plan.jobs, Submitted())
+    assert call("cancel", plan.run)[0] == 0
+    wait_until(lambda: not queued(cluster, plan), 20)
+    assert {state for state, _ in states(plan).values()} == {"cancelled"}
+
+    # The same arrays again, job by job.
+    before = starts(plan)
+    assert call("resume", plan.run)[0] == 0
+    arrays = [slurm_id(plan.run, f"{stage}/0").partition("_")[0] for stage in "abc"]
+    ids = [slurm_id(plan.run, name) for name in CHAIN if name != "z"]
+    assert ids == [f"{array}_{n}" for array in arrays for n in range(3)]
+    for stage, above in (("b", arrays[0]), ("c", arrays[1])):
+        assert f"aftercorr:{above}_" in cluster.job(slurm_id(plan.run, f"{stage}/0"))["Dependency"]
+
+    # The last of an array: what is left of it looks like a whole one.
+    old = {name: slurm_id(plan.run, name) for name in CHAIN}
+    cluster.run("scancel", old["b/2"])
+    wait_until(lambda: states(plan)["b/2"][0] not in ("pending", "running"), 20)
+    assert call("resume", plan.run)[0] == 0
+    assert {name for name in CHAIN if slurm_id(plan.run, name) != old[name]} == {"b/2", "c/2", "z"}
+    assert queued(cluster, plan) == sorted(job.stage for job in plan.jobs)
+    (plan.run / "gate.a").unlink()
+    assert {name: s.state for name, s in ended(plan.run, seconds=60).items()} == dict.fromkeys(CHAIN, "done")
+    again = starts(plan)
+    assert {name: again[name] - before[name] for name in CHAIN if name[0] != "a"} == dict.fromkeys([*CHAIN][3:], 1)
+
+    # The folder of a finished job is removed.
+    shutil.rmtree(plan.run / "b/1")
+    found = states(plan)
+    assert found["b/1"][0] == "failed"
+    assert found["c/1"] == found["z"] == ("outdated", "b/1 is to be run again")
+    assert {found[name][0] for name in CHAIN if name not in ("b/1", "c/1", "z")} == {"done"}
+    (plan.run / "gate.b").touch()
+    assert call("resume", plan.run)[0] == 0
+    new = ("b/1", "c/1", "z")
+    assert {states(plan)[name][0] for name in new} <= {"pending", "running"}
+    assert "nothing to start" in call("resume", plan.run)[2]
+    (plan.run / "gate.b").unlink()
+    assert {s.state for s in ended(plan.run, seconds=60).values()} == {"done"}
+    last = starts(plan)
+    assert {name: last[name] - again[name] for name in CHAIN if last[name] > again[name]} == dict.fromkeys(new, 1)
+
+
+def test_variables_of_sbatch_do_not_beat_the_graph(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {
+        **{"SBATCH_PARTITION": "high", "SBATCH_TIMELIMIT": "7", "SBATCH_NO_REQUEUE": "1", "SBATCH_SIGNAL": "HUP@9"},
+        **{"SBATCH_ARRAY_INX": "0-4", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE", "SLURM_MEM_PER_CPU": "x"},
+        "SQUEUE_PARTITION": "graceful",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = {"mine": {"partition": "low", "time": "11"}, "free": {"time": "12"}}
+    plan = bare(tmp_path / "variables", {"mine": [], "free": []}, "mine", "free", **options)
+    start(plan, plan.jobs, Submitted())
+    monkeypatch.delenv("SLURM_MEM_PER_CPU")  # scontrol's own
+    for name, partition, limit in (("mine", "low", "00:11:00"), ("free", "high", "00:12:00")):
+        job = cluster.job(slurm_id(plan.run, name))
+        assert (job["Partition"], job["TimeLimit"], job["Requeue"]) == (partition, limit, "1")
+        assert "ArrayJobId" not in job
+    assert {state for state, _ in states(plan).values()} <= {"pending", "running"}
+    for name in options:
+        (plan.run / f"gate.{name}").unlink()
+    assert {s.state for s in ended(plan.run, seconds=40).values()} == {"done"}
+    assert os.environ["SBATCH_TIMELIMIT"] == "7"
+
+
+def test_a_script_that_fails_before_its_stage_is_quoted_and_its_dependents_are_blocked(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    del cluster
+    upstream = {"x/0": [], "x/1": [], "y/0": ["x/0"], "y/1": ["x/1"], "z": ["y/0", "y/1"]}
+    plan = bare(tmp_path / "script", upstream, x={"setup": ["echo my words; exit 3"]})
+    start(plan, plan.jobs, Submitted())
+    found = {name: (s.state, s.reason or "") for name, s in ended(plan.run, seconds=40).items()}
+    for name in ("x/0", "x/1"):
+        assert found[name][0] == "failed"
+        assert found[name][1].endswith("; its script's last words: my words")
+    assert {found[name] for name in ("y/0", "z")} == {("blocked", f"x/0 failed: {found['x/0'][1]}")}
+    assert found["y/1"][0] == "blocked"
+    code, out, _ = call("logs", plan.run, "x")
+    assert code == 0
+    assert out.count("my words") == 2
+    assert out.splitlines()[0].endswith(f"{slurm_id(plan.run, 'x/0')}_0_log.out <==")
+
+
+def test_the_launch_of_another_user_is_seen(cluster: Cluster, tmp_path: Path) -> None:
+    theirs = {"x": {"extra": {"uid": 65534, "hold": True}}, "y": {"extra": {"uid": 65534}}}
+    plan = bare(tmp_path / "others", {"x": [], "y": ["x"]}, **theirs)
+    start(plan, plan.jobs, Submitted())
+    assert states(plan)["x"][0] == "failed"  # asked for its folder's owner, squeue knows none
+    os.chown(plan.run / "launch", 65534, -1)
+    assert [state for state, _ in states(plan).values()] == ["pending", "pending"]
+    assert call("cancel", plan.run)[0] == 0
+    wait_until(lambda: not queued(cluster, plan), 20)
+
+
+def test_a_job_that_is_requeued_and_held_was_not_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    plan = bare(tmp_path / "held", {"x": [], "y": ["x"]}, "x")
+    start(plan, plan.jobs, Submitted())
+    wait_until(lambda: starts(plan)["x"], 20)
+    cluster.run("scontrol", "requeuehold", slurm_id(plan.run, "x"))
+    seen: set[str] = set()
+    wait_until(lambda: seen.add(states(plan)["x"][0]) or states(plan)["x"][0] == "pending", 30)
+    assert states(plan)["x"] == ("pending", "job requeued in held state")
+    assert seen <= {"running", "pending"}
+    ends = [row for row in read_events(plan.record(plan.jobs[0])) if row["event"] == "end"]
+    assert [(row["slurm"], row["requeued"]) for row in ends] == [("REQUEUED", False)]
+    (plan.run / "gate.x").unlink()
+    cluster.run("scontrol", "release", slurm_id(plan.run, "x"))
+    assert {s.state for s in ended(plan.run, seconds=40).values()} == {"done"}
+
+
 def test_two_nodes_train_as_two_processes_here(launches: Launches) -> None:
     here, run = launches.folder / "peers-here", launches.folder / "peers"
     stages = {"train": {**launches.long, "resources": {"processes": 2}}}
@@ -544,3 +785,27 @@ def test_first_stage_refused(launches: Launches, tmp_path: Path) -> None:
     assert call("cancel", tmp_path / "run")[0] == 0
     found = ended(tmp_path / "run")["only"]
     assert (found.state, found.reason) == ("cancelled", "by `launch cancel`")
+
+
+def test_a_job_saves_while_slurmctld_is_away(cluster: Cluster, tmp_path: Path) -> None:
+    """Last: nothing else may ask Slurm meanwhile."""
+    plan = bare(tmp_path / "away", {"x": [], "y": ["x"]}, "x")
+    (plan.run / "saving").touch()
+    start(plan, plan.jobs, Submitted())
+    wait_until(lambda: starts(plan)["x"] and states(plan)["x"][0] == "running", 20)
+    time.sleep(0.5)  # for the stage's handlers
+    cluster.run("scancel", "--signal=USR2", slurm_id(plan.run, "x"))
+    wait_until((plan.run / "told").exists, 20)
+    alive = daemons(cluster.folder)
+    os.kill(alive["slurmctld"], signal.SIGTERM)
+    wait_until(lambda: "slurmctld" not in daemons(cluster.folder), 20)
+    (plan.run / "gate.x").unlink()
+    (plan.run / "saving").unlink()
+    time.sleep(2)
+    found, note = job_statuses(plan)
+    assert "squeue does not answer" in str(note)
+    assert [status.state for status in found] == ["running", "pending"]
+    subprocess.run(["nsenter", f"--mount=/proc/{alive['munged']}/ns/mnt", "slurmctld"], check=True)
+    wait_until(lambda: job_statuses(plan)[1] is None, 30)
+    done = ended(plan.run, seconds=60)
+    assert {name: (s.state, s.restarts) for name, s in done.items()} == {"x": ("done", 1), "y": ("done", 0)}

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import launch.control
 import launch.slurm
 import launch.status
 from launch.__main__ import main
-from launch.attempts import append_event
+from launch.attempts import append_event, read_events
+from launch.collect import collect
 from launch.config import Local, Resources, Slurm
 from launch.graph import Job
-from launch.plan import Plan, Submitted, read_submitted, write_plan, write_submitted
+from launch.plan import Plan, Submitted, outdated, read_submitted, write_plan, write_submitted
 from launch.slurm import ENDED, QueueEntry
 from launch.status import JobStatus, job_statuses, read_progress
 
@@ -247,6 +249,127 @@ def test_without_squeue_a_dependent_of_a_failure_does_not_wait(slurm: Launch) ->
     slurm.entries(None)
     slurm.events("a", START, end(1, reason="boom"))
     assert slurm.state("b") == ("blocked", "a failed: boom")
+
+
+def test_a_job_whose_script_failed_is_quoted(slurm: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    log = launch.status.batch_log(slurm.plan, "8_0")
+    log.parent.mkdir()
+    log.write_text("first\nmodule: no such thing\n\n")
+    slurm.finish("a")
+    told = "left the queue before it started: Slurm says FAILED; its script's last words: module: no such thing"
+    slurm.entries({"8_0": ("FAILED", "NonZeroExitCode")})
+    assert slurm.state("b") == ("failed", told)
+    assert slurm.state("c") == ("blocked", f"b failed: {told}")
+    assert main(["logs", str(slurm.plan.run), "b"]) == 0
+    assert capsys.readouterr().out == f"==> {log} <==\nfirst\nmodule: no such thing\n"
+
+
+def test_a_job_that_slurm_removed_was_not_cancelled(slurm: Launch) -> None:
+    """For a job that it waited for, and which has run again since."""
+    slurm.finish("a")
+    slurm.entries({"8_0": ("CANCELLED", "DependencyNeverSatisfied"), "9": ("CANCELLED", "None")})
+    assert slurm.state("b") == ("blocked", "Slurm removed it, for a job that it waited for had been removed")
+
+
+@pytest.mark.parametrize("variable", ["SQUEUE_PARTITION", "SQUEUE_ACCOUNT"])
+def test_squeue_hides_nothing(slurm: Launch, tmp_path: Path, variable: str) -> None:
+    """A squeue that says what it was asked, and prints no job where the environment filters them."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n[ "${variable}" ] || echo "7|RUNNING|None"\n')
+    squeue.chmod(0o755)
+    slurm.patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm.patch.setenv(variable, "other")
+    assert launch.slurm.queue(["7"], 1234) == {"7": QueueEntry("RUNNING", "None", live=True)}
+    assert "--user 1234 " in (tmp_path / "asked").read_text()
+
+
+def test_submissions_that_were_killed_are_found_by_their_comment(slurm: Launch) -> None:
+    """squeue tells an array's id, and that of each element that it keeps apart."""
+    lines = [
+        "31|31|poserelay one",
+        "41|40|poserelay two ",
+        "40|40|poserelay two",
+        "50|50|poserelay other",
+        "51|51|(null)",
+    ]
+    slurm.patch.setattr(launch.slurm, "_squeue", lambda owner, form: lines)
+    begun = {"poserelay one": ["a"], "poserelay two": ["b", "c"], "poserelay three": ["d"]}
+    submitted = Submitted(begun=begun)
+    assert sorted(launch.slurm.adopt(submitted, 0)) == ["a", "b", "c"]
+    assert submitted.ids == {"a": "31", "b": "40_0", "c": "40_1"}
+    # An id that was noted since is the later one.
+    submitted = Submitted({"a": "60"}, begun)
+    launch.slurm.adopt(submitted, 0)
+    assert submitted.ids["a"] == "60"
+
+
+def test_an_array_without_its_last_job_is_not_whole(slurm: Launch) -> None:
+    jobs = [replace(slurm.plan.jobs[0], name=f"s/{n}", stage="s") for n in range(3)]
+    plan = replace(slurm.plan, jobs=[*jobs, *slurm.plan.jobs])
+    ids = {f"s/{n}": f"5_{n}" for n in range(3)} | {"a": "6"}
+    assert launch.slurm._whole_arrays(plan, ids) == {"5": 3}
+    assert launch.slurm._whole_arrays(plan, {**ids, "s/2": "7"}) == {}
+    assert launch.slurm._whole_arrays(plan, {name: ids[name] for name in ("s/0", "s/1")}) == {}
+    assert launch.slurm._whole_arrays(plan, {**ids, "s/0": "5_1", "s/1": "5_0"}) == {}
+
+
+def finish_chain(launched: Launch) -> None:
+    """a, b and c have ended well, each from the one before."""
+    before: dict[str, str] = {}
+    for name, job_id in (("a", "7"), ("b", "8_0"), ("c", "9")):
+        attempt = f"{job_id}.0"
+        start = {**START, "attempt": attempt, "job": job_id, "upstream": before}
+        launched.finish(name)
+        launched.events(name, start, end(0, attempt=attempt))
+        before = {name: attempt}
+
+
+def test_what_comes_from_a_replaced_upstream_is_outdated(slurm: Launch) -> None:
+    finish_chain(slurm)
+    assert [slurm.state(name) for name in "abc"] == [("done", None)] * 3
+    (slurm.plan.run / "b/done.json").unlink()
+    assert slurm.state("a") == ("done", None)
+    assert slurm.state("b")[0] == "failed"
+    assert slurm.state("c") == ("outdated", "b is to be run again")
+    (slurm.plan.run / "b/done.json").touch()
+    slurm.events("a", SUBMITTED, {**START, "attempt": "17.0", "job": "17"}, end(0, attempt="17.0"))
+    assert [slurm.state(name) for name in "bc"] == [("outdated", "a was run again since")] * 2
+    # Submitted anew they wait, and are not submitted once more; without Slurm's word they are what their files say.
+    write_submitted(slurm.plan, Submitted({"a": "17", "b": "18", "c": "19"}))
+    slurm.entries({"18": ("RUNNING", "None"), "19": ("PENDING", "Dependency")})
+    assert [slurm.state(name) for name in "bc"] == [("running", None), ("pending", "Dependency")]
+    slurm.entries({})
+    assert slurm.state("c") == ("outdated", "a was run again since")
+
+
+def test_outdated_jobs_of_a_launcher_that_runs_wait_for_their_turn(local: Launch) -> None:
+    finish_chain(local)
+    local.events("a", SUBMITTED, {**START, "attempt": "x.1"}, end(0, attempt="x.1"))
+    assert local.state("b")[0] == "outdated"
+    local.events("b", SUBMITTED)
+    local.held(True)
+    assert local.state("b") == ("pending", "waits for its turn or for a job upstream")
+
+
+def test_outdated_jobs_are_missing_in_the_table(slurm: Launch) -> None:
+    finish_chain(slurm)
+    slurm.events("a", SUBMITTED, {**START, "attempt": "17.0", "job": "17"}, end(0, attempt="17.0"))
+    missing = collect(slurm.plan.jobs[2:], outdated(slurm.plan)).missing
+    assert [(each.name, each.reason) for each in missing] == [
+        ("c", "outdated: a was run again since; resume the launch")
+    ]
+
+
+def test_a_torn_line_of_the_record_loses_only_itself(slurm: Launch) -> None:
+    slurm.events("a", SUBMITTED, START)
+    with open(slurm.plan.record(slurm.plan.jobs[0]) / "attempts.jsonl", "a") as file:
+        file.write('{"event": "end", "attempt": "7.0", "ra')
+    slurm.finish("a")
+    slurm.events("a", SUBMITTED)
+    assert [row["event"] for row in read_events(slurm.plan.record(slurm.plan.jobs[0]))] == [
+        *("submitted", "start", "start", "end", "submitted")
+    ]
+    assert slurm.state() == ("done", None)
 
 
 # Here
