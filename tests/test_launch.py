@@ -369,7 +369,9 @@ def test_a_job_that_asks_for_more_gpus_than_there_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    graph = {"a": {"command": "pretrain", "config": "pretrain/configs/demo.yaml", "resources": {"gpus": 2}}}
+    overrides = {"data.images": str(tmp_path)}
+    config = "pretrain/configs/demo.yaml"
+    graph = {"a": {"command": "pretrain", "config": config, "overrides": overrides, "resources": {"gpus": 2}}}
     arguments = write_graph(tmp_path, graph)
     for _ in range(2):  # and nothing is left that would stand in the way of the next
         assert main([*arguments, "--cluster", "local"]) == 2
