@@ -15,9 +15,10 @@ from typing import Any
 from poserelay.errors import UserError
 from poserelay.run import write_atomic, write_json, write_text
 
+from .commands import COMMANDS
 from .config import CollectConfig
 from .curves import curve_axis, plot_curves
-from .graph import Job
+from .graph import Job, parts_of
 from .plan import outdated, read_plan
 from .table import (
     Measured,
@@ -29,12 +30,10 @@ from .table import (
     format_csv,
     format_markdown,
     last_part,
-    parts_of,
     to_json,
 )
 
-EVALUATIONS = ("evaluation test", "evaluation score")
-TRAININGS = ("pretrain", "pretrain linear", "semi", "finetune")
+EVALUATION = "evaluation test"
 
 
 def main(config: CollectConfig) -> Table:
@@ -77,9 +76,9 @@ def collect(jobs: Sequence[Job], outdated: Mapping[str, str] | None = None) -> T
     A training's own validation figures are taken where no evaluation waits for that very job. Raises UserError for
     axes that are damaged; a job that is not done or whose file is damaged is listed as missing.
     """
-    evaluated = {name for job in jobs if job.command in EVALUATIONS for name in job.upstream}
-    wanted = [job for job in jobs if job.command in EVALUATIONS]
-    wanted += [job for job in jobs if job.command in TRAININGS and job.name not in evaluated]
+    evaluated = {name for job in jobs if job.command == EVALUATION for name in job.upstream}
+    wanted = [job for job in jobs if job.command == EVALUATION]
+    wanted += [job for job in jobs if COMMANDS[job.command].trains and job.name not in evaluated]
     protocols: dict[str, dict[str, Any]] = {}
     missing: list[Missing] = []
     groups: dict[str, dict[str, Any]] = {}
@@ -104,7 +103,7 @@ def collect(jobs: Sequence[Job], outdated: Mapping[str, str] | None = None) -> T
     rows = []
     for group in groups.values():
         job = group["job"]
-        source = "evaluation" if job.command in EVALUATIONS else "own validation"
+        source = "evaluation" if job.command == EVALUATION else "own validation"
         # Whether a training that is not done will measure anything is not known; that an evaluation will is.
         measured = group["measured"] or ({None: []} if source == "evaluation" else {})
         rows += [
@@ -140,7 +139,7 @@ def read_figures(job: Job) -> tuple[dict[str, float | None], dict[str, Any]]:
 
     Raises UserError where the job is not done and, naming the file, where what it wrote is damaged.
     """
-    trains = job.command in TRAININGS
+    trains = COMMANDS[job.command].trains
     path = Path(job.folder) / ("done.json" if trains else "metrics.json")
     if not path.exists():
         raise UserError("not done")

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .table import Row, Table, canonical, last_part, protocol_lines, shown
+from .table import BASELINE, Row, Table, canonical, last_part, protocol_lines, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINE = "mean pose "
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 STYLES = ("solid", "dashed", "dotted", "dashdot")
 MARKERS = "osD^vP"

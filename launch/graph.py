@@ -73,8 +73,7 @@ def build_graph(
         UserError: a cycle, an unknown stage, command or field, an axis that does not match, a missing recipe, a value
             that the command refuses.
     """
-    run_dir = Path(config.run_dir)
-    run_dir = run_dir if run_dir.is_absolute() else base / run_dir
+    run_dir = base / config.run_dir
     jobs: dict[str, list[Job]] = {}
     axes: dict[str, Axes] = {}
     configs: dict[str, dict[str, Any]] = {}
@@ -105,7 +104,7 @@ def build_graph(
             alike = itertools.chain([job_name], (f"{job_name}_{number}" for number in itertools.count(2)))
             job_name = next(name for name in alike if name not in configs)
             folder = run_dir / job_name
-            values = {**stage.overrides, **_assignments({key: element[key] for key in element if key in own})}
+            values = {**stage.overrides, **assignments({key: element[key] for key in element if key in own})}
             arguments, named = _arguments(name, values, more.get(name, ()), element, jobs)
             arguments = [*([f"--config={stage.config}"] if stage.config else []), *arguments]
             arguments += [f"--{command.field}={folder / command.written}"]
@@ -220,7 +219,7 @@ def _command(name: str, stage: Stage, more: Sequence[str]) -> Command:
     command = COMMANDS[text]
     if stage.config is not None and not Path(stage.config).is_file():
         raise UserError(f"stage {name}: config {stage.config}: no such file; give the path of a recipe")
-    swept = [part for axis in stage.sweep for part in _parts(axis)]
+    swept = [part for axis in stage.sweep for part in parts_of(axis)]
     typed = [argument[2:].partition("=")[0] for argument in more]
     for key in [*stage.overrides, *swept, *typed]:
         if key in swept and key in (*stage.overrides, *typed):
@@ -259,7 +258,7 @@ def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence
     """
     own: Axes = {}
     for key, values in stage.sweep.items():
-        parts = _parts(key)
+        parts = parts_of(key)
         if not values:
             raise UserError(f"stage {name}: sweep {key!r} has no values")
         if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
@@ -271,19 +270,21 @@ def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence
                     f"give lists of {len(parts)}"
                 )
         own[_field(key)] = values
-    assigned = [part for key in own for part in _parts(key)]
+    assigned = [part for key in own for part in parts_of(key)]
     if len(set(assigned)) < len(assigned):
         raise UserError(f"stage {name}: a field is in two axes of its sweep ({', '.join(own)}); keep it in one")
     axes: Axes = {}
     for other in upstream:
         for key, values in known[other].items():
-            ours = next((mine for mine in own if set(_parts(key)) <= set(_parts(mine))), None)
+            ours = next((mine for mine in own if set(parts_of(key)) <= set(parts_of(mine))), None)
             if ours is not None:
-                shown = [_assignments({ours: value}) for value in own[ours]]
-                known_values = [_assignments({key: value}) for value in values]
-                strange = [value for value in shown if {part: value[part] for part in _parts(key)} not in known_values]
+                shown = [assignments({ours: value}) for value in own[ours]]
+                known_values = [assignments({key: value}) for value in values]
+                strange = [
+                    value for value in shown if {part: value[part] for part in parts_of(key)} not in known_values
+                ]
                 if strange:
-                    found = ", ".join(repr(strange[0][part]) for part in _parts(key))
+                    found = ", ".join(repr(strange[0][part]) for part in parts_of(key))
                     raise UserError(
                         f"stage {name}: sweeps {key} over {found}, which stage {other} does not have ({values}); axes "
                         "that two stages share match value by value"
@@ -298,7 +299,7 @@ def _axes(name: str, stage: Stage, known: Mapping[str, Axes], upstream: Sequence
                 axes[key] = values
     axes |= {key: values for key, values in own.items() if key not in axes}
     for key, other in itertools.combinations(axes, 2):
-        both = set(_parts(key)) & set(_parts(other))
+        both = set(parts_of(key)) & set(parts_of(other))
         if both:
             raise UserError(
                 f"stage {name}: {min(both)} is in two axes, {key!r} and {other!r} (its own, and those of stages that "
@@ -320,14 +321,14 @@ def _arguments(
 ) -> tuple[list[str], list[Job]]:
     """A job's command line with every `${}` replaced, and the jobs that these name."""
     named: list[Job] = []
-    ours = _assignments(element)
+    ours = assignments(element)
 
     def path(match: re.Match[str]) -> str:
         stage, _, file = match[1].partition(".")
         if not match[0].endswith("}") or (file and not re.fullmatch(r"[\w-]+", file)):
             raise UserError(f"stage {name}: {match[0]!r}: write ${{stage}}, ${{stage.file}} or ${{stage.run_dir}}")
         job = next(
-            job for job in jobs[stage] if all(ours[key] == value for key, value in _assignments(job.axes).items())
+            job for job in jobs[stage] if all(ours[key] == value for key, value in assignments(job.axes).items())
         )
         named.append(job)
         return str(Path(job.folder, _handed_off(name, match[0], COMMANDS[job.command], file)))
@@ -372,20 +373,21 @@ def _flag(key: str, value: Any) -> str:
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _parts(key: str) -> list[str]:
-    return [part.strip() for part in key.split(",")]
+def parts_of(key: str) -> tuple[str, ...]:
+    """The fields that an axis changes: one, or several that are linked."""
+    return tuple(part.strip() for part in key.split(","))
 
 
 def _field(key: str) -> str:
     """An axis' name, its linked fields separated in one way."""
-    return ", ".join(_parts(key))
+    return ", ".join(parts_of(key))
 
 
-def _assignments(element: Mapping[str, Any]) -> dict[str, Any]:
+def assignments(element: Mapping[str, Any]) -> dict[str, Any]:
     """Field to value, linked axes taken apart."""
     values: dict[str, Any] = {}
     for key, value in element.items():
-        parts = _parts(key)
+        parts = parts_of(key)
         values |= dict(zip(parts, value, strict=True)) if len(parts) > 1 else {key: value}
     return values
 
@@ -395,7 +397,7 @@ def _element_name(element: Mapping[str, Any]) -> str:
 
     Of linked fields the first is named. Two elements may get the same name, where values hold other signs.
     """
-    firsts = {_parts(key)[0]: value[0] if len(_parts(key)) > 1 else value for key, value in element.items()}
+    firsts = {parts_of(key)[0]: value[0] if len(parts_of(key)) > 1 else value for key, value in element.items()}
     short = {key: key.rpartition(".")[2] for key in firsts}
     names = [short[key] if list(short.values()).count(short[key]) == 1 else key for key in firsts]
     values = [_plain(value) for value in firsts.values()]

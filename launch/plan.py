@@ -85,8 +85,6 @@ class Submitted:
     """Of the process that runs the jobs itself (local, debug)."""
     pid: int | None = None
     """Its process id."""
-    time: float = 0.0
-    """Of the last submission, seconds since 1970."""
 
 
 def make_launch(run: Path) -> Path:

@@ -22,7 +22,7 @@ from poserelay.run import differences, write_text
 
 from .attempts import append_event, read_events
 from .config import LaunchConfig, ResumeConfig
-from .graph import Graph, Job, build_graph
+from .graph import Graph, Job, assignments, build_graph
 from .local import run_here, run_local
 from .plan import Plan, Submitted, make_launch, read_plan, read_submitted, submitting, write_plan, write_submitted
 from .snapshot import PACKAGES, ROOT, git_state, in_snapshot, take_snapshot
@@ -160,7 +160,6 @@ def resume(config: ResumeConfig) -> None:
 
 def start(plan: Plan, jobs: Sequence[Job], submitted: Submitted) -> None:
     """Hand `jobs` to the plan's cluster; local and debug return when they have ended."""
-    submitted.time = time.time()
     if plan.cluster == "slurm":
         from . import slurm
 
@@ -224,7 +223,7 @@ def _differing(job: Job, graph: Graph) -> list[str]:
     """The fields of a job that an axis or a hand-off sets, as dotted flags."""
     flat = _flat(graph.configs[job.name])
     folders = [other.folder for other in graph.jobs if other.name in job.upstream]
-    swept = {part.strip() for key in job.axes for part in key.split(",")}
+    swept = assignments(job.axes)
     return [
         f"--{key} {value}"
         for key, value in flat.items()

@@ -232,7 +232,3 @@ def canonical(value: Any) -> str:
 
 def last_part(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def parts_of(names: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in names.split(","))

@@ -178,7 +178,7 @@ def test_different_protocols_are_never_averaged(experiment: Experiment, capsys: 
 
 def test_the_order_of_a_protocols_fields_makes_no_other_protocol(experiment: Experiment) -> None:
     for seed in (0, 1):
-        job = experiment.add("evaluate", "evaluation score", {"seed": seed})
+        job = experiment.add("evaluate", "evaluation test", {"seed": seed})
         protocol = dict(sorted(PROTOCOL.items(), reverse=bool(seed)))
         write(Path(job.folder) / "metrics.json", {"metrics": {"AP": 0.5}, "protocol": protocol})
     table = collect(experiment.jobs)
