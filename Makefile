@@ -18,7 +18,7 @@ demo: $(SETUP)
 	bash demo.sh
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(SETUP)
 	$(BIN)/python -m pytest -m slow $(SLURM:%=--ignore=%)

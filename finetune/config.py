@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from poserelay.config import (
+    AdamConfig,
     Augmentation,
-    Boxes,
+    DataConfig,
     Decoding,
     File,
     LabelsConfig,
@@ -15,45 +16,6 @@ from poserelay.config import (
     OptionalFile,
     check_loop_fields,
 )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Annotated pictures for training and validation."""
-
-    annotations: File
-    """COCO-keypoint JSON with the labelled persons."""
-    images: File
-    """Folder that the JSON's file names are relative to."""
-    validation_annotations: OptionalFile = None
-    """COCO-keypoint JSON to validate on; null trains without validation."""
-    validation_images: OptionalFile = None
-    """Folder of the validation pictures; null: the same as `images`."""
-    validation_boxes: Boxes = "gt"
-    """gt, or a COCO detections JSON."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Adam without weight decay, as HRNet and SimpleBaseline train."""
-
-    lr: float = 1e-3
-    """Learning rate for a global batch of `lr_batch`; it is not rescaled, a different batch is warned about."""
-    lr_batch: int = 128
-    """Global batch, in persons, that `lr` was chosen for."""
-    batch_size: int = 32
-    """Persons per process and step."""
-    epochs: int = 140
-    """Passes over the labelled persons."""
-    drops: tuple[int, ...] = (90, 120)
-    """Epochs at which the learning rate is divided by ten."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "lr_batch", "batch_size", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}, expected a positive number")
-        if list(self.drops) != sorted(set(self.drops)) or min(self.drops, default=1) < 1:
-            raise ValueError(f"optim.drops is {list(self.drops)}, expected epochs from 1 on, in rising order")
 
 
 @dataclass(frozen=True)
@@ -69,7 +31,7 @@ class FinetuneConfig:
     freeze_backbone: bool = False
     """Train the head alone, on the backbone as it was handed over, batch norms included: a probe of what it knows."""
     labels: LabelsConfig = field(default_factory=LabelsConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: AdamConfig = field(default_factory=AdamConfig)
     augmentation: Augmentation = field(default_factory=Augmentation)
     sigma: float = 2.0
     """Of the target Gaussians, heatmap pixels (2 at 256x192, 3 at 384x288)."""

@@ -144,7 +144,7 @@ def train(
     model.backbone.requires_grad_(not config.freeze_backbone)
     global_batch = config.optim.batch_size * world
     per_epoch = steps_per_epoch(len(data.training), global_batch)
-    total = per_epoch * config.optim.epochs
+    total = config.optim.steps or per_epoch * config.optim.epochs
     network = fabric.setup_module(sync_batch_norm(model, fabric))
     set_training(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -170,7 +170,8 @@ def train(
         for batch in progress:
             epoch = state.step // per_epoch
             for group in plain_optimizer.param_groups:
-                group["lr"] = drops(config.optim.lr, epoch, config.optim.drops)
+                reached = epoch if config.optim.steps is None else state.step
+                group["lr"] = drops(config.optim.lr, reached, config.optim.drops)
             loss = training_step(fabric, network, model, optimizer, batch, config)
             state.step += 1
             losses.add(state.step, loss, batch.image_ids)
@@ -186,8 +187,9 @@ def train(
                     journal.write("train", state.step, epoch, {**values, "lr": plain_optimizer.param_groups[0]["lr"]})
             if epoch_ends:
                 unreadable.new_epoch()
-                if journal and data.validation and (ends or (epoch + 1) % config.validate_every == 0):
-                    journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
+            validates = ends or (epoch_ends and (epoch + 1) % config.validate_every == 0)
+            if journal and data.validation and validates:
+                journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
             if stop or saves:
                 check_weights(model, state.step, batch.image_ids)
             if run and (stop or saves):

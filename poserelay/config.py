@@ -176,6 +176,49 @@ class LabelsConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """Annotated pictures for training and validation of a pose model."""
+
+    annotations: File
+    """COCO-keypoint JSON with the labelled persons."""
+    images: File
+    """Folder that the JSON's file names are relative to."""
+    validation_annotations: OptionalFile = None
+    """COCO-keypoint JSON to validate on; null trains without validation."""
+    validation_images: OptionalFile = None
+    """Folder of the validation pictures; null: the same as `images`."""
+    validation_boxes: Boxes = "gt"
+    """gt, or a COCO detections JSON."""
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """Adam without weight decay, as HRNet and SimpleBaseline train."""
+
+    lr: float = 1e-3
+    """Learning rate for a global batch of `lr_batch`; it is not rescaled, a different batch is warned about."""
+    lr_batch: int = 128
+    """Global batch, in persons, that `lr` was chosen for."""
+    batch_size: int = 32
+    """Persons per process and step."""
+    epochs: int = 140
+    """Passes over the labelled persons; not used where `steps` is given."""
+    steps: int | None = None
+    """Optimiser steps of the run, instead of epochs."""
+    drops: tuple[int, ...] = (90, 120)
+    """Epochs at which the learning rate is divided by ten; steps where `steps` is given."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_batch", "batch_size", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"optim.{name} is {value}, expected a positive number")
+        if list(self.drops) != sorted(set(self.drops)) or min(self.drops, default=1) < 1:
+            unit = "epochs" if self.steps is None else "steps"
+            raise ValueError(f"optim.drops is {list(self.drops)}, expected {unit} from 1 on, in rising order")
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """Print a model's parameters, multiply-accumulates and output size."""
 

@@ -12,5 +12,5 @@ def cosine(base: float, epoch: int, epochs: int) -> float:
 
 
 def drops(base: float, epoch: int, at: Sequence[int], factor: float = 0.1) -> float:
-    """`base`, times `factor` for each epoch of `at` that has been reached."""
+    """`base`, times `factor` for each epoch (or step, where `epoch` is one) of `at` that has been reached."""
     return base * factor ** sum(epoch >= drop for drop in at)

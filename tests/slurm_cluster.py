@@ -66,7 +66,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
-MinJobAge=300
+# Jobs that ended stay known: a test may ask for one at any later time, however slow the machine.
+MinJobAge=86400
 InactiveLimit=0
 OverTimeLimit=0
 SlurmctldTimeout=60

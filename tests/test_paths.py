@@ -14,10 +14,10 @@ import finetune.__main__
 import poserelay.__main__
 import pretrain.__main__
 from evaluation import config as asked
-from finetune.config import DataConfig, FinetuneConfig
+from finetune.config import FinetuneConfig
 from poserelay import config as shared
 from poserelay.command import path_mark, with_absolute_paths
-from poserelay.config import File, InputConfig, KnnConfig, LabelsConfig, ModelConfig, Named, OptionalFile
+from poserelay.config import DataConfig, File, InputConfig, KnnConfig, LabelsConfig, ModelConfig, Named, OptionalFile
 from poserelay.errors import UserError
 from poserelay.keypoints import load_skeleton, packaged_skeletons
 from pretrain.config import DataConfig as Pictures
