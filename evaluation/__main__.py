@@ -9,7 +9,15 @@ from typing import Any
 
 from poserelay.command import run_commands
 
-from .config import PredictConfig, ReportConfig, ScoreConfig, TestConfig, VisualizeConfig
+from .config import (
+    CompareConfig,
+    EmbeddingsConfig,
+    PredictConfig,
+    ReportConfig,
+    ScoreConfig,
+    TestConfig,
+    VisualizeConfig,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "test": (TestConfig, of("test")),
         "score": (ScoreConfig, of("score")),
+        "compare": (CompareConfig, of("compare")),
         "predict": (PredictConfig, of("predict")),
         "visualize": (VisualizeConfig, of("visualize")),
+        "embeddings": (EmbeddingsConfig, of("embeddings")),
         "report": (ReportConfig, of("report")),
     }
     return run_commands(argv, "evaluation", commands)

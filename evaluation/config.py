@@ -14,15 +14,20 @@ class ScoreConfig:
     """Score a COCO results file, of any origin, against annotations."""
 
     annotations: File
-    """COCO-keypoint JSON with the truth."""
+    """COCO-keypoint JSON with the truth; for pckh also MPII's gt_valid.mat."""
     predictions: File
-    """COCO results JSON: a list of {image_id, category_id, keypoints, score}."""
-    metric: Literal["oks", "pck"] = "oks"
-    """oks: average precision as pycocotools computes it; pck: share of joints near enough, over the persons."""
+    """COCO results JSON: a list of {image_id, category_id, keypoints, score}; with gt_valid.mat a pred.mat (preds)."""
+    metric: Literal["oks", "pck", "pckh"] = "oks"
+    """oks: average precision as pycocotools computes it; pck: share of joints near enough, over the persons; pckh:
+    MPII's, at 0.5 and 0.1 of the head size (`head_box` or `head_size` of each person). Where every image carries a
+    crowdIndex, oks is CrowdPose's: areas of 0.53 of the box, and AP easy, medium and hard."""
+    crowd_levels: Literal["crowdpose", "icon"] = "crowdpose"
+    """oks with crowdIndex: images below 0.2 are easy and from 0.8 on hard (crowdpose, as its API has it), or from 0.1
+    and 0.8 (icon, as its text has it)."""
     skeleton: SkeletonFile = "auto"
     """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints."""
     pck_threshold: float = 0.2
-    """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    """pck: share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
     json: bool = False
     """Print one JSON object {"metrics", "protocol"} instead of a table."""
 
@@ -32,12 +37,13 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class TestConfig:
-    """Run a pose model on annotated pictures and score it: OKS AP, PCK, and the mean pose as a baseline."""
+    """Run a pose model on annotated pictures and score it: OKS AP, PCK, PCKh, and the mean pose as a baseline."""
 
     checkpoint: File
     """Hand-off file (export/model.safetensors) of a pose model."""
     annotations: File
-    """COCO-keypoint JSON with the truth."""
+    """COCO-keypoint JSON with the truth. Persons with a `head_box` or `head_size` are measured by PCKh as well; where
+    every image carries a crowdIndex, OKS AP is CrowdPose's: areas of 0.53 of the box, and AP easy, medium and hard."""
     images: File
     """Folder that the JSON's file names are relative to."""
     boxes: Boxes = "gt"
@@ -51,6 +57,9 @@ class TestConfig:
     decoding: Decoding = field(default_factory=Decoding)
     pck_threshold: float = 0.2
     """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    crowd_levels: Literal["crowdpose", "icon"] = "crowdpose"
+    """With crowdIndex: images below 0.2 are easy and from 0.8 on hard (crowdpose, as its API has it), or from 0.1 and
+    0.8 (icon, as its text has it)."""
     batch_size: int = 64
     """Crops per forward pass."""
     workers: int = 2
@@ -65,6 +74,41 @@ class TestConfig:
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
         check_ranges(self, {"batch_size": (1, math.inf), "workers": (0, math.inf), "threads": (0, math.inf)})
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Tell whether two methods' predictions differ: mean of each over its files, difference, interval, p."""
+
+    annotations: File
+    """COCO-keypoint JSON with the truth."""
+    a: list[File] | File
+    """COCO results JSON, or a list of them: one per seed."""
+    b: list[File] | File
+    """Likewise of the other method, as many: the first is compared with the first of `a`, and so on."""
+    metric: Literal["oks", "pck", "pckh"] = "oks"
+    """oks: average precision (AP), drawing images anew; pck and pckh (at 0.5, pelvis and thorax left out): drawing
+    persons anew."""
+    skeleton: SkeletonFile = "auto"
+    """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints."""
+    pck_threshold: float = 0.2
+    """pck: share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    resamples: int = 1000
+    """Bootstrap samples; the smallest p that they can show is 2 / (resamples + 1)."""
+    seed: int = 0
+    """Of the bootstrap."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol", "files"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        _require_positive("pck_threshold", self.pck_threshold)
+        check_ranges(self, {"resamples": (100, 1_000_000), "seed": (0, 2**63 - 1)})
+        first, second = ([side] if isinstance(side, str) else side for side in (self.a, self.b))
+        if len(first) != len(second) or not first:
+            raise ValueError(
+                f"a names {len(first)} files and b {len(second)}; expected as many of each, at least one: "
+                "they are paired in their order, seed by seed"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +183,45 @@ class VisualizeConfig:
                     problem = "is missing" if figure == self.figure else f"is of figure {figure}; leave it out"
                     raise ValueError(f"figure {self.figure}: {name} {problem}")
         check_ranges(self, {"count": (1, 64), "threads": (0, math.inf)})
+
+
+@dataclass(frozen=True)
+class EmbeddingsConfig:
+    """Measure and draw how well the features of pose models tell joints apart (ICON, Fig. 5)."""
+
+    checkpoints: list[File]
+    """Hand-off files (export/model.safetensors) of pose models, a column each."""
+    annotations: File
+    """COCO-keypoint JSON; joints are matched by name, those labelled visible are embedded."""
+    images: File
+    """Folder that the JSON's file names are relative to."""
+    out: File
+    """Folder for embeddings.png and embeddings.json."""
+    count: int = 500
+    """Persons, evenly spread over those with a visible joint."""
+    neighbours: int = 10
+    """k, the nearest joints of other persons among which the same joint is looked for."""
+    method: Literal["tsne", "pca"] = "tsne"
+    """How the picture lays the embeddings out; the metrics do not depend on it."""
+    seed: int = 0
+    """Of t-SNE, and of the 2,000 joints drawn where there are more."""
+    workers: int = 2
+    """Data processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ValueError("checkpoints is empty, expected at least one hand-off file")
+        for path in self.checkpoints:
+            if self.checkpoints.count(path) > 1:
+                raise ValueError(f"checkpoints names {path} twice")
+        at_least = {"count": 2, "neighbours": 1, "workers": 0, "threads": 0}
+        check_ranges(self, {name: (low, math.inf) for name, low in at_least.items()} | {"seed": (0, 2**32 - 1)})
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -9,15 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from poserelay.datasets.coco import read_coco
+from poserelay.errors import UserError
 from poserelay.keypoints import resolve_skeleton
-from poserelay.scoring import check_results, coco_ap, match_results, pck_of_persons, read_results, sigma_source
+from poserelay.pckh import head_sizes, pckh, pckh_of_persons, read_mpii
+from poserelay.scoring import check_results, match_results, oks_metrics, pck_of_persons, read_results, sigma_source
 
 from .config import ScoreConfig
 
 
 def main(config: ScoreConfig) -> dict[str, Any]:
     """Print and return {"metrics", "protocol"}. Raises UserError for a file or record that cannot be used."""
+    metrics, protocol = score_mpii(config) if config.annotations.endswith(".mat") else score_coco(config)
+    report = {"metrics": without_nan(metrics), "protocol": protocol}
+    print(json.dumps(report) if config.json else format_report(report))
+    return report
+
+
+def score_coco(config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and protocol of a COCO results list."""
+    if config.predictions.endswith(".mat"):
+        raise UserError(f"{config.predictions}: a .mat of predictions needs MPII's gt_valid.mat as annotations")
     annotations = read_coco(config.annotations)
+    if config.metric == "pckh":
+        head_sizes(annotations)  # said before the predictions are read
     results = read_results(config.predictions)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, config.annotations)
     protocol = {
@@ -30,24 +44,40 @@ def main(config: ScoreConfig) -> dict[str, Any]:
         **dict.fromkeys(("boxes", "flip", "decode", "rescoring", "nms")),
     }
     if config.metric == "oks":
-        metrics = coco_ap(config.annotations, results, skeleton, config.predictions)
-        protocol |= {"sigmas": sigma_source(skeleton), "poses_per_image": 20}
-    else:
-        joints = len(annotations.joints)
-        check_results(results, annotations.image_ids, annotations.category["id"], joints, config.predictions)
-        predicted = match_results(annotations, results)
+        metrics, details = oks_metrics(config.annotations, results, skeleton, config.crowd_levels, config.predictions)
+        return metrics, {**protocol, "sigmas": sigma_source(skeleton), **details}
+    joints = len(annotations.joints)
+    check_results(results, annotations.image_ids, annotations.category["id"], joints, config.predictions)
+    predicted = match_results(annotations, results)
+    if config.metric == "pck":
         metrics, details = pck_of_persons(annotations, predicted, skeleton, config.pck_threshold)
-        protocol |= {**details, "matching": "nearest pose of the image"}
-    report = {"metrics": without_nan(metrics), "protocol": protocol}
-    print(json.dumps(report) if config.json else format_report(report))
-    return report
+    else:
+        metrics, details = pckh_of_persons(annotations, predicted)
+    return metrics, {**protocol, **details, "matching": "nearest pose of the image"}
+
+
+def score_mpii(config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and protocol of MPII's own files, whose predictions are in the order of the persons."""
+    if config.metric != "pckh":
+        raise UserError(f"{config.annotations}: MPII's .mat files are scored by --metric pckh, not {config.metric}")
+    poses = read_mpii(config.annotations, config.predictions)
+    metrics, details = pckh(poses.predicted, poses.truth, poses.visibility, poses.head_sizes, poses.joints)
+    names = {"split": Path(config.annotations).stem, "predictions": Path(config.predictions).name}
+    instances = {"poses": len(poses.predicted), "instances": len(poses.truth)}
+    return metrics, {"metric": config.metric, **names, **instances, **details, "matching": "order of the file"}
 
 
 def format_report(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics in lines, four digits each, and the protocol under them; "-" where a metric has nothing to measure."""
+    """Metrics in lines and the protocol under them; "-" where a metric has nothing to measure.
+
+    Four digits each, and five of PCKh, which is printed in per cent with three.
+    """
     width = max(map(len, report["metrics"]))
-    undefined = (None, -1.0)
-    lines = [f"{name:<{width}}  {'-' if v in undefined else f'{v:.4f}'}" for name, v in report["metrics"].items()]
+
+    def shown(name: str, value: float | None) -> str:
+        return "-" if value in (None, -1.0) else f"{value:.{5 if 'PCKh' in name else 4}f}"
+
+    lines = [f"{name:<{width}}  {shown(name, value)}" for name, value in report["metrics"].items()]
     protocol = ", ".join(f"{name} {v}" for name, v in report["protocol"].items() if v is not None)
     return "\n".join([*lines, f"({protocol})"])
 

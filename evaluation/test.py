@@ -17,8 +17,9 @@ from poserelay.errors import UserError
 from poserelay.inference import Poses, predict_poses, protocol, suppress, to_results
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.model import load_model
+from poserelay.pckh import pckh_of_persons
 from poserelay.run import write_json
-from poserelay.scoring import coco_ap, match_results, mean_pose, order_of_file, pck_of_persons, place_pose
+from poserelay.scoring import match_results, mean_pose, oks_metrics, order_of_file, pck_of_persons, place_pose
 
 from .config import TestConfig
 from .score import format_report, without_nan
@@ -77,19 +78,24 @@ def main(config: TestConfig) -> dict[str, Any]:
 def measure(
     poses: Poses, annotations: CocoAnnotations, skeleton: Skeleton, config: TestConfig
 ) -> tuple[dict[str, float], dict[str, Any], list[dict[str, Any]]]:
-    """Metrics, the details of PCK's protocol, and the results list of `poses`, whose joints are in the file's order.
+    """Metrics, their part of the protocol, and the results list of `poses`, whose joints are in the file's order.
 
-    OKS AP is taken after OKS-NMS. PCK measures every person: with annotated boxes its own pose, with detections the
-    nearest one that is left.
+    OKS AP is taken after OKS-NMS. PCK, and PCKh where persons have head sizes, measure every person: with annotated
+    boxes its own pose, with detections the nearest one that is left.
     """
     sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, annotations.joints)]
     kept = suppress(poses, sigmas, config.decoding.nms_threshold)
     results = to_results(poses.take(kept), annotations.category["id"])
-    metrics = coco_ap(annotations.path, results, skeleton)
+    metrics, details = oks_metrics(annotations.path, results, skeleton, config.crowd_levels)
     # The poses of annotated boxes are in the order of annotations.persons.
     predicted = poses.keypoints if config.boxes == "gt" else match_results(annotations, results)
-    pck_metrics, details = pck_of_persons(annotations, predicted, skeleton, config.pck_threshold)
-    return metrics | pck_metrics, details, results
+    found = [pck_of_persons(annotations, predicted, skeleton, config.pck_threshold)]
+    if not np.isnan(annotations.head_sizes[annotations.persons]).all():
+        found.append(pckh_of_persons(annotations, predicted))
+    for more, its_details in found:
+        metrics, details = metrics | more, details | its_details
+    details["matching"] = "the box's own pose" if config.boxes == "gt" else "nearest pose of the image"
+    return metrics, details, results
 
 
 def mean_pose_of(path: str, annotations: CocoAnnotations) -> np.ndarray:

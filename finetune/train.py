@@ -38,7 +38,7 @@ from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, c
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.schedules import drops
 from poserelay.scoring import coco_ap, order_of_file
-from poserelay.subsets import choose_images
+from poserelay.subsets import Chosen, choose_labelled, write_labels
 
 from .config import FinetuneConfig
 
@@ -48,6 +48,7 @@ class Data:
     """What a run reads, checked before it starts."""
 
     skeleton: Skeleton
+    labels: Chosen
     training: TopDownDataset
     validation: TopDownDataset | None
 
@@ -84,6 +85,7 @@ def main(config: FinetuneConfig) -> None:
             )
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
     with running(run), watching_peers(fabric):
+        on_rank_zero(fabric, lambda: write_labels(run_dir, data.labels))
         train(fabric, model, data, config, run, upstream)
 
 
@@ -102,8 +104,7 @@ def load_data(config: FinetuneConfig) -> Data:
             "never be learnt; name them alike, or choose another skeleton (--model.skeleton auto takes the file's)"
         )
     size = (config.model.input.height, config.model.input.width)
-    names = dict(zip(annotations.image_ids, annotations.file_names, strict=True))
-    chosen = choose_images(annotations.labelled_image_ids, config.labels, names)
+    labels = choose_labelled(annotations, config.labels)
     training = TopDownDataset(
         annotations,
         Path(config.data.images),
@@ -111,7 +112,7 @@ def load_data(config: FinetuneConfig) -> Data:
         size,
         augmentation=config.augmentation,
         alignment=config.model.input.alignment,
-        image_ids=chosen,
+        rows=labels.rows,
     )
     validation = None
     if config.data.validation_annotations:
@@ -128,7 +129,7 @@ def load_data(config: FinetuneConfig) -> Data:
             alignment=config.model.input.alignment,
             detections=None if boxes == "gt" else read_detections(boxes, annotations),
         )
-    return Data(skeleton, training, validation)
+    return Data(skeleton, labels, training, validation)
 
 
 def train(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evaluation.config import PredictConfig, ReportConfig, TestConfig, VisualizeConfig
+from evaluation.config import EmbeddingsConfig, PredictConfig, ReportConfig, TestConfig, VisualizeConfig
 from finetune.config import FinetuneConfig
-from poserelay.config import ExportConfig, ImportConfig, PrepareConfig, SelectConfig
+from poserelay.config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, PrepareConfig, SelectConfig
 from poserelay.synthesize import SynthesizeConfig
 from pretrain.config import PretrainConfig
 from pretrain.linear_config import LinearConfig
+from semi.config import SemiConfig
 
 EXPORT = "export/model.safetensors"
 
@@ -35,14 +36,18 @@ class Command:
 COMMANDS = {
     "pretrain": Command(PretrainConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "semi": Command(SemiConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "evaluation test": Command(TestConfig, "out", "", "", "metrics.json"),
     "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),
     "evaluation visualize": Command(VisualizeConfig, "out", "", "", ""),
+    "evaluation embeddings": Command(EmbeddingsConfig, "out", "", "", "embeddings.json"),
     "evaluation report": Command(ReportConfig, "out", "", "", "report.md"),
     "poserelay synthesize": Command(SynthesizeConfig, "out", "", "", "annotations.json"),
+    "poserelay convert": Command(ConvertConfig, "out", "annotations.json", "annotations.json", "annotations.json"),
     "poserelay prepare": Command(PrepareConfig, "out", "", "", "index.json"),
     "poserelay select": Command(SelectConfig, "out", "chosen.json", "chosen.json", "chosen.json"),
+    "poserelay detect": Command(DetectConfig, "out", "detections.json", "detections.json", "detections.json"),
     "poserelay import-weights": Command(ImportConfig, "out", EXPORT, EXPORT, EXPORT),
     "poserelay export-weights": Command(ExportConfig, "out", "weights.pth", "weights.pth", "weights.pth"),
 }

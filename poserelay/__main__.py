@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .command import run_commands
-from .config import ExportConfig, ImportConfig, InspectConfig, PrepareConfig, SelectConfig
+from .config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, InspectConfig, PrepareConfig, SelectConfig
 from .synthesize import SynthesizeConfig
 from .synthesize import main as synthesize
 
@@ -19,6 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(config)
 
+    def convert(config: ConvertConfig) -> None:
+        from .convert import main as run
+
+        run(config)
+
     def prepare(config: PrepareConfig) -> None:
         from .preparation import main as run
 
@@ -26,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def select(config: SelectConfig) -> None:
         from .selection import main as run
+
+        run(config)
+
+    def detect(config: DetectConfig) -> None:
+        from .detection import main as run
 
         run(config)
 
@@ -42,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "synthesize": (SynthesizeConfig, synthesize),
         "inspect": (InspectConfig, inspect),
+        "convert": (ConvertConfig, convert),
         "prepare": (PrepareConfig, prepare),
         "select": (SelectConfig, select),
+        "detect": (DetectConfig, detect),
         "import-weights": (ImportConfig, import_weights),
         "export-weights": (ExportConfig, export_weights),
     }

@@ -280,15 +280,15 @@ def restore_training(
 ) -> State:
     """Put a `training_state` back and return the stage's state in it, or `state` unchanged where nothing was saved.
 
-    Raises UserError when the file of `init_from` is no longer the one that the run started from, and when another
+    Raises UserError when a file of `upstream` is no longer the one that the run started from, and when another
     number of processes (`state.world`) or of samples would make other batches.
     """
     if saved is None:
         return state
     if saved["upstream"] != (dict(upstream) if upstream else None):
         raise UserError(
-            "init_from: the file has changed since this run started from it; put it back, name a new run_dir, or "
-            "remove this run to train it anew"
+            "init_from, or teacher_from: the file has changed since this run started from it; put it back, name a new "
+            "run_dir, or remove this run to train it anew"
         )
     if saved["state"]["world"] != state.world:
         raise UserError(

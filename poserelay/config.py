@@ -154,16 +154,21 @@ def check_loop_fields(config: Any) -> None:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """Which part of the annotated images is used as labelled."""
+    """Which part of the annotated images or persons is used as labelled."""
 
     ratio: float | None = None
-    """Share of the images in 0..1; a smaller share is contained in every larger one of the same seed."""
+    """Share in 0..1, which must not round to none; a smaller one is contained in every larger one of the same seed."""
     count: int | None = None
-    """Number of images, instead of a share."""
+    """Number of images or persons, instead of a share."""
     file: OptionalFile = None
-    """List of images that `poserelay select` wrote, instead of a share."""
+    """List that `poserelay select` or a run (its labels.json) wrote, instead of a share."""
+    by: Literal["images", "persons"] = "images"
+    """What `ratio` and `count` count: images with all their persons, or single persons. A `file` says it itself."""
+    protocol: Literal["random", "first"] = "random"
+    """What `ratio` and `count` take: random, drawn with `seed`; first, of the annotation file (with persons and counts
+    of 1000, 5000 and 10000, what Semi_Human_Pose trains on)."""
     seed: int = 0
-    """Seed of the choice by ratio or count, apart from the run's own seed."""
+    """Seed of the random choice, apart from the run's own seed."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "count", "file") if getattr(self, name) is not None]
@@ -226,6 +231,34 @@ class InspectConfig:
     """The `model:` block of any recipe; the rest of the file is not read."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn the annotations of MPII, AI Challenger, LSP or CrowdPose, as their sites ship them, into one COCO JSON."""
+
+    dataset: Literal["mpii", "aic", "lsp", "crowdpose"]
+    """Whose layouts to expect; the joints get the names of the packaged skeleton of that dataset."""
+    annotations: File
+    """mpii: the site's .mat, or HRNet's train.json or valid.json; aic: the competition's list, or mmpose's file; lsp:
+    joints.mat, of Extended too; crowdpose: its JSON."""
+    out: File
+    """JSON file to write."""
+    images: OptionalFile = None
+    """Folder of the pictures, for their sizes; not needed where the annotations say them (crowdpose, mmpose's aic)."""
+    head_boxes: OptionalFile = None
+    """gt_valid.mat of the same persons as mpii's valid.json, for PCKh; the site's .mat has head boxes itself."""
+    split: Literal["all", "train", "test"] = "all"
+    """Part of lsp: train is its first half, test its second."""
+    max_unreadable: float = 0.01
+    """Share of the pictures that may be missing or unreadable, and left out with their persons."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"max_unreadable": (0, 1)})
+        if self.head_boxes is not None and self.dataset != "mpii":
+            raise ValueError(f"head_boxes: {self.dataset} has none, they are mpii's; leave it out")
+        if self.split != "all" and self.dataset != "lsp":
+            raise ValueError(f"split is {self.split}, but only lsp's file holds two parts; leave it out")
 
 
 @dataclass(frozen=True)
@@ -316,6 +349,43 @@ class SelectConfig:
         at_least = {"count": 1, "batch_size": 1, "workers": 0, "threads": 0}
         ranges = {name: (low, math.inf) for name, low in at_least.items()}
         check_ranges(self, {**ranges, "duplicate_similarity": (0, 1), "seed": (0, 2**63 - 1)})
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """Find the persons in pictures with a detector of torchvision, for the fields `boxes` of the stages."""
+
+    images: File
+    """Folder of pictures, read with its subfolders."""
+    out: File
+    """COCO detections JSON to write, NAME.json, with NAME.meta.json about it; started again it goes on where it was."""
+    annotations: OptionalFile = None
+    """COCO JSON whose `images` list names the pictures and their ids; null takes every picture in the folder and also
+    writes such a list, NAME.images.json: what `unlabelled.annotations` of `semi` takes."""
+    detector: Literal[
+        "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_320_fpn"
+    ] = "fasterrcnn_resnet50_fpn_v2"
+    """Box AP on COCO of 46.7, 41.5 and 22.8 at 280, 152 and 0.7 billion multiply-adds per picture."""
+    weights: OptionalFile = None
+    """State dict of this detector, .pth or .safetensors; null: torchvision's COCO weights, downloaded at first use."""
+    score_threshold: float = 0.05
+    """Persons scored at most this are left out; average precision wants it low, training may want it higher."""
+    batch_size: int = 1
+    """Pictures per forward pass; they are padded to the largest, which moves boxes by fractions of a pixel."""
+    max_unreadable: float = 0.01
+    """Share of the pictures that may be unreadable, and left out, before the command stops."""
+    workers: int = 2
+    """Data processes; the detections do not depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".json"):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends in .json")
+        ranges = {"batch_size": (1, math.inf), "workers": (0, math.inf), "threads": (0, math.inf)}
+        check_ranges(self, {**ranges, "score_threshold": (0, 1), "max_unreadable": (0, 1)})
 
 
 @dataclass(frozen=True)

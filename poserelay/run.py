@@ -240,8 +240,9 @@ def is_finished(path: Path, config: Mapping[str, Any]) -> bool:
         return False
     files = {path / "export" / name: sha256 for name, sha256 in exports.items()}
     upstream = json.loads((path / "done.json").read_text(encoding="utf-8")).get("upstream")
-    if config.get("init_from") and upstream and Path(config["init_from"]).is_file():
-        files[Path(config["init_from"])] = upstream["sha256"]
+    for field, recorded in (("init_from", "sha256"), ("teacher_from", "teacher_sha256")):
+        if config.get(field) and upstream and Path(config[field]).is_file():
+            files[Path(config[field])] = upstream[recorded]
     return all(file.exists() and file_sha256(file) == sha256 for file, sha256 in files.items())
 
 

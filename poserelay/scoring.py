@@ -19,6 +19,10 @@ from .errors import UserError
 from .keypoints import Skeleton, match_joints
 
 AP_NAMES = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+CROWDPOSE_NAMES = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
+POSES_PER_IMAGE = 20
+CROWD_LEVELS = {"crowdpose": (0.2, 0.8), "icon": (0.1, 0.8)}
+"""The crowdIndex from which an image is medium, and from which it is hard: CrowdPose's API, and ICON's text."""
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -104,27 +108,108 @@ def coco_ap(
     """OKS average precision and recall of `results` against a COCO keypoint file, by pycocotools.
 
     Returns the ten figures of COCO's keypoint table as fractions (AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl);
-    -1, as pycocotools has it, where the annotations hold no person of that size. Joints are in the file's order, sigmas
-    the skeleton's by name. Persons without an `area` count with 0.53 of their box (CrowdPose). The size of a
-    prediction, which decides whether an unmatched one counts in APm and APl, is its `bbox` where all records bring one
-    and the extent of its joints otherwise.
+    -1, as pycocotools has it, where the annotations hold no person of that size. The rest is `evaluate_oks`'s.
+    """
+    return _summary(evaluate_oks(annotations, results, skeleton, source))
+
+
+def crowdpose_ap(
+    annotations: str | Path | Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    skeleton: Skeleton,
+    levels: tuple[float, float] = CROWD_LEVELS["crowdpose"],
+    source: str = "predictions",
+) -> dict[str, float]:
+    """OKS average precision and recall as CrowdPose's API has them: the area of a person is always 0.53 of its box.
+
+    Returns AP, AP50, AP75, AR, AR50, AR75 as fractions, and the AP over the images of each level alone by their
+    crowdIndex: AP easy < levels[0] <= AP medium < levels[1] <= AP hard; -1 where a level has no person.
+
+    Every image has a crowdIndex (`has_crowd_index`). The rest is `evaluate_oks`'s.
+    """
+    data = read_parsed(annotations)
+    evaluation = evaluate_oks(data, results, skeleton, source, area_of_box=True)
+    figures = _summary(evaluation)
+    metrics = {name: figures[name] for name in CROWDPOSE_NAMES}
+    level = np.searchsorted(levels, [image["crowdIndex"] for image in data["images"]], side="right")
+    for number, name in enumerate(("easy", "medium", "hard")):
+        ids = [image["id"] for image, of in zip(data["images"], level, strict=True) if of == number]
+        evaluation.params.imgIds = ids
+        if ids:  # pycocotools takes an empty list for all images
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation.evaluate()
+        metrics[f"AP {name}"] = _summary(evaluation)["AP"] if ids else -1.0
+    return metrics
+
+
+def has_crowd_index(data: Mapping[str, Any]) -> bool:
+    """Whether every image of a parsed COCO file carries a crowdIndex, as CrowdPose's do."""
+    return bool(data["images"]) and all(_is_finite_number(image.get("crowdIndex")) for image in data["images"])
+
+
+def oks_metrics(
+    annotations: str | Path,
+    results: Sequence[Mapping[str, Any]],
+    skeleton: Skeleton,
+    crowd_levels: str = "crowdpose",
+    source: str = "predictions",
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """`crowdpose_ap` where every image carries a crowdIndex, else `coco_ap`, with what the numbers depend on.
+
+    `crowd_levels`: one of CROWD_LEVELS. Raises UserError as `evaluate_oks`.
+    """
+    data = read_parsed(annotations)
+    details = {"oks_area": oks_area(data), "poses_per_image": POSES_PER_IMAGE}
+    if not has_crowd_index(data):
+        return coco_ap(data, results, skeleton, source), details
+    medium, hard = CROWD_LEVELS[crowd_levels]
+    named = f"{crowd_levels} (easy < {medium} <= medium < {hard} <= hard)"
+    metrics = crowdpose_ap(data, results, skeleton, (medium, hard), source)
+    return metrics, {**details, "crowd_levels": named}
+
+
+def oks_area(data: Mapping[str, Any]) -> str:
+    """Which area of a person normalises OKS in `oks_metrics`, for a protocol."""
+    without = sum("area" not in person for person in data["annotations"])
+    if has_crowd_index(data) or without == len(data["annotations"]):
+        return f"{AREA_OF_BOX} of the box"
+    return f"annotated, or {AREA_OF_BOX} of the box ({without} persons)" if without else "annotated"
+
+
+def read_parsed(annotations: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """An annotation file's JSON, which is taken as valid (`datasets.coco.read_coco`)."""
+    if isinstance(annotations, Mapping):
+        return annotations
+    return json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
+
+
+def evaluate_oks(
+    annotations: str | Path | Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    skeleton: Skeleton,
+    source: str = "predictions",
+    *,
+    area_of_box: bool = False,
+) -> COCOeval:
+    """pycocotools' evaluation of `results`, matched image by image and not yet accumulated.
+
+    Joints are in the file's order, sigmas the skeleton's by name. Persons without an `area`, and with `area_of_box`
+    all, count with 0.53 of their box (CrowdPose). The size of a prediction, which decides whether an unmatched one
+    counts in APm and APl, is its `bbox` where all records bring one and the extent of its joints otherwise. The 20
+    best-scored poses of an image take part.
 
     `annotations`: a path or its parsed JSON, taken as valid (`datasets.coco.read_coco`). `source` names the results in
     messages.
     Raises UserError for a malformed record (`check_results`), a joint that the skeleton lacks (`order_of_file`), and
     where no person is labelled.
     """
-    data = (
-        annotations
-        if isinstance(annotations, Mapping)
-        else json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
-    )
+    data = read_parsed(annotations)
     category = next(category for category in data["categories"] if category.get("keypoints"))
     joints = len(category["keypoints"])
     sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, category["keypoints"])]
     check_results(results, (image["id"] for image in data["images"]), category["id"], joints, source)
     persons = [person for person in data["annotations"] if person["category_id"] == category["id"]]
-    truth = [_ground_truth(person, number, joints) for number, person in enumerate(persons, start=1)]
+    truth = [_ground_truth(person, number, joints, area_of_box) for number, person in enumerate(persons, start=1)]
     if not any(person["num_keypoints"] > 0 and not person["iscrowd"] for person in truth):
         raise UserError("the annotations hold no person with labelled joints: nothing to score against")
 
@@ -140,10 +225,9 @@ def coco_ap(
         predictions = ground_truth.loadRes(poses) if poses else COCO()
         evaluation = COCOeval(ground_truth, predictions, "keypoints")
         evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
+        evaluation.params.maxDets = [POSES_PER_IMAGE]
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return {name: float(value) for name, value in zip(AP_NAMES, evaluation.stats, strict=True)}
+    return evaluation
 
 
 def pck(
@@ -156,14 +240,22 @@ def pck(
     Returns {"PCK": over all labelled joints, "per_joint": `[K]`, "persons": how many counted}; a share is NaN where
     nothing is labelled.
     """
-    counted = np.nan_to_num(reference) > 0
-    labelled = (np.asarray(visibility) > 0) & counted[:, None]
-    distance = np.linalg.norm(np.asarray(predicted, dtype=np.float64) - truth, axis=-1)
-    correct = labelled & (distance <= threshold * np.nan_to_num(reference)[:, None])
+    correct, labelled = correct_joints(predicted, truth, visibility, reference, threshold)
     with np.errstate(invalid="ignore"):
         per_joint = correct.sum(0) / labelled.sum(0)
         overall = np.divide(correct.sum(), labelled.sum())
     return {"PCK": float(overall), "per_joint": per_joint, "persons": int(labelled.any(1).sum())}
+
+
+def correct_joints(
+    predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray, reference: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which joints are correct, and which count, each `[N, K]` bool; the arguments are `pck`'s."""
+    counted = np.nan_to_num(reference) > 0
+    labelled = (np.asarray(visibility) > 0) & counted[:, None]
+    distance = np.linalg.norm(np.asarray(predicted, dtype=np.float64) - truth, axis=-1)
+    # Divided before it is compared, as MPII's evaluators do.
+    return labelled & (distance / np.where(counted, reference, np.nan)[:, None] <= threshold), labelled
 
 
 def torso_reference(keypoints: np.ndarray, visibility: np.ndarray, torso: tuple[int, int]) -> np.ndarray:
@@ -228,15 +320,22 @@ def pck_of_persons(
     """
     persons = annotations.persons
     truth, visibility = annotations.keypoints[persons], annotations.visibility[persons]
-    reference, name = box_reference(annotations.boxes[persons]), "longer side of the box"
-    if skeleton.torso:
-        first, second = match_joints(annotations.joints, skeleton.torso)
-        if first is not None and second is not None:
-            reference, name = torso_reference(truth, visibility, (first, second)), " to ".join(skeleton.torso)
+    reference, name = pck_reference(annotations, skeleton)
     found = pck(predicted, truth, visibility, reference, threshold)
     per_joint = zip(annotations.joints, found["per_joint"].tolist(), strict=True)
     metrics = {"PCK": found["PCK"], **{f"PCK/{joint}": value for joint, value in per_joint}}
     return metrics, {"pck_threshold": threshold, "pck_reference": name, "pck_instances": found["persons"]}
+
+
+def pck_reference(annotations: CocoAnnotations, skeleton: Skeleton) -> tuple[np.ndarray, str]:
+    """PCK's reference length `[P]` of `annotations.persons`, image pixels, NaN where it is unknown, and its name."""
+    persons = annotations.persons
+    if skeleton.torso:
+        first, second = match_joints(annotations.joints, skeleton.torso)
+        if first is not None and second is not None:
+            lengths = torso_reference(annotations.keypoints[persons], annotations.visibility[persons], (first, second))
+            return lengths, " to ".join(skeleton.torso)
+    return box_reference(annotations.boxes[persons]), "longer side of the box"
 
 
 def mean_pose(keypoints: np.ndarray, visibility: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -257,10 +356,18 @@ def place_pose(pose: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return boxes[:, None, :2] + pose * boxes[:, None, 2:]
 
 
-def _ground_truth(person: Mapping[str, Any], number: int, joints: int) -> dict[str, Any]:
+def _summary(evaluation: COCOeval) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: float(value) for name, value in zip(AP_NAMES, evaluation.stats, strict=True)}
+
+
+def _ground_truth(person: Mapping[str, Any], number: int, joints: int, area_of_box: bool) -> dict[str, Any]:
     """A person as pycocotools needs it; it marks a match by the annotation's id, so that id 0 would never match."""
     keypoints = person.get("keypoints") or [0] * (3 * joints)
     box = person["bbox"]
+    box_area = AREA_OF_BOX * box[2] * box[3]
     # num_keypoints of the file decides who is ignored, also where it contradicts the visibilities, as in CrowdPose.
     return {
         "id": number,
@@ -269,7 +376,7 @@ def _ground_truth(person: Mapping[str, Any], number: int, joints: int) -> dict[s
         "keypoints": keypoints,
         "num_keypoints": person.get("num_keypoints", sum(v > 0 for v in keypoints[2::3])),
         "bbox": box,
-        "area": person.get("area", AREA_OF_BOX * box[2] * box[3]),
+        "area": box_area if area_of_box else person.get("area", box_area),
         "iscrowd": person.get("iscrowd", 0),
     }
 

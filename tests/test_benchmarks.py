@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views", "shards", "neighbours", "pretrain_step"])
+@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views", "shards", "neighbours", "pretrain_step", "icon"])
 def test_benchmark(
     name: str, people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,6 +35,10 @@ def test_benchmark(
             "2",
             "--rounds",
             "1",
+        ],
+        "icon": [
+            *("--peer_batch", "3", "--batches", "3", "--joints", "17", "--backbone", "resnet18", "--size", "64", "32"),
+            *("--step_batch", "2", "--loss_batch", "4", "--rounds", "1"),
         ],
     }
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments[name], "--json"])

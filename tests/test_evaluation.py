@@ -112,9 +112,7 @@ def test_scoring_the_written_predictions_gives_the_same_numbers(files: Path, box
     write(files / "skeleton.yaml", SKELETON.to_dict())
     asked = fields.ScoreConfig(str(files / "val.json"), str(files / "out" / "predictions.json"))
     for metric in ("oks", "pck"):
-        scored = score.main(
-            fields.ScoreConfig(asked.annotations, asked.predictions, metric, str(files / "skeleton.yaml"))
-        )
+        scored = score.main(replace(asked, metric=metric, skeleton=str(files / "skeleton.yaml")))
         assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
 
 
@@ -204,6 +202,53 @@ def test_table_marks_what_cannot_be_measured() -> None:
     report = {"metrics": {"AP": 0.12345, "APm": -1.0, "PCK": None}, "protocol": {"flip": True, "nms": None}}
     assert score.format_report(report) == "AP   0.1235\nAPm  -\nPCK  -\n(flip True)"
     assert score.without_nan({"PCK": math.nan, "AP": 0.5}) == {"PCK": None, "AP": 0.5}
+
+
+def with_heads(files: Path) -> Path:
+    """val.json with head boxes of diagonal 20 but for the last person, and crowdIndex in every picture."""
+    truth = json.loads((files / "val.json").read_text())
+    for person in truth["annotations"][:-1]:
+        person["head_box"] = [10, 10, 22, 26]
+    for image, crowding in zip(truth["images"], (0.1, 0.5, 0.9), strict=True):
+        image["crowdIndex"] = crowding
+    return write(files / "heads.json", truth)
+
+
+def test_head_boxes_and_crowd_index_bring_their_metrics(files: Path) -> None:
+    """`test` measures them unasked, `score` finds the same in the file that it wrote."""
+    truth = str(with_heads(files))
+    report = test.main(config_for_test(files, annotations=truth, baseline_annotations=truth, crowd_levels="icon"))
+    assert report["metrics"]["mean pose PCKh@0.5"] == 1.0
+    assert report["metrics"]["mean pose AP hard"] == pytest.approx(1.0)
+    assert report["metrics"]["mean pose AP easy"] == -1.0  # 0.1 is ICON's medium
+    expected = {"pckh_instances": 3, "without_head_size": 1, "oks_area": "0.53 of the box"}
+    assert expected.items() <= report["protocol"].items()
+    assert report["protocol"]["crowd_levels"].startswith("icon (easy < 0.1")
+    skeleton = str(write(files / "skeleton.yaml", SKELETON.to_dict()))
+    predictions = str(files / "out" / "predictions.json")
+    for metric in ("oks", "pckh"):
+        scored = score.main(fields.ScoreConfig(truth, predictions, metric, "icon", skeleton))
+        assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
+        assert len(scored["metrics"]) == (9 if metric == "oks" else 3)  # none of MPII's groups
+
+
+def test_pckh_of_mpii_files_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if "POSERELAY_DATA" not in os.environ:
+        pytest.skip("POSERELAY_DATA does not name the folder of real data (mpii)")
+    folder = Path(os.environ["POSERELAY_DATA"]) / "mpii"
+    arguments = ["score", "--annotations", str(folder / "gt_valid.mat"), "--predictions", str(folder / "pred.mat")]
+    assert main([*arguments, "--metric", "pckh"]) == 0
+    assert "PCKh@0.5           0.82110\n" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "are scored by --metric pckh, not oks" in capsys.readouterr().err
+
+
+def test_pckh_without_heads_or_of_mixed_files_ends_with_exit_2(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["score", "--metric", "pckh", "--annotations", str(files / "val.json"), "--predictions"]
+    assert main([*arguments, str(write(files / "none.json", []))]) == 2
+    assert "val.json: no person has a head_box or a head_size" in capsys.readouterr().err
+    assert main([*arguments, str(files / "pred.mat")]) == 2
+    assert "pred.mat: a .mat of predictions needs MPII's gt_valid.mat as annotations" in capsys.readouterr().err
 
 
 def predict_config(files: Path, **changes: Any) -> fields.PredictConfig:

@@ -13,6 +13,7 @@ import evaluation.__main__
 import finetune.__main__
 import poserelay.__main__
 import pretrain.__main__
+import semi.__main__
 from evaluation import config as asked
 from finetune.config import FinetuneConfig
 from poserelay import config as shared
@@ -49,7 +50,7 @@ def config_classes(found: type, seen: set[type]) -> set[type]:
 def classes() -> set[type]:
     """The config classes of every command, as the commands' modules name them."""
     seen: set[type] = set()
-    for module in (evaluation.__main__, finetune.__main__, poserelay.__main__, pretrain.__main__):
+    for module in (evaluation.__main__, finetune.__main__, poserelay.__main__, pretrain.__main__, semi.__main__):
         for name, value in vars(module).items():
             if name.endswith("Config"):
                 config_classes(value, seen)
@@ -75,10 +76,11 @@ def test_every_command_has_its_config_class_among_them(classes: set[type], monke
     for module in (evaluation.__main__, poserelay.__main__):
         monkeypatch.setattr(module, "run_commands", lambda *a, **_: used.extend(c for c, _ in a[2].values()))
         module.main([])
-    for module, argv in ((finetune.__main__, []), (pretrain.__main__, []), (pretrain.__main__, ["linear"])):
+    stages = (finetune.__main__, pretrain.__main__, semi.__main__)
+    for module, argv in (*((stage, []) for stage in stages), (pretrain.__main__, ["linear"])):
         monkeypatch.setattr(module, "run_command", lambda *a, **_: used.append(a[2]))
         module.main(argv)
-    assert len(used) == 14
+    assert len(used) == 19
     assert set(used) <= classes
 
 

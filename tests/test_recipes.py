@@ -1,7 +1,9 @@
-"""Every recipe resolves, builds on the meta device, and names its command; one small step per backbone and head."""
+"""Every recipe and graph resolves, recipes build on the meta device, and both name their command; one small step per
+backbone and head."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,48 @@ import torch
 import yaml
 
 from finetune.config import FinetuneConfig
+from launch.config import LaunchConfig
+from launch.graph import Graph, build_graph
 from poserelay.__main__ import main as poserelay
-from poserelay.command import parse
+from poserelay.command import parse, to_plain
 from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.inspection import inspect_model
 from poserelay.keypoints import load_skeleton
 from poserelay.losses import joints_mse
-from poserelay.model import build_backbone, build_model
+from poserelay.model import build_backbone, build_model, check_kwargs
 from pretrain.config import PretrainConfig
 from pretrain.linear_config import LinearConfig
 from pretrain.simsiam import SimSiam
 from pretrain.train import METHODS, build_method
+from semi.config import TRAINED, SemiConfig
+from semi.teachers import TEACHERS
+from semi.train import check_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
+CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig, "semi": SemiConfig}
 LINEAR_RECIPES = sorted((ROOT / "pretrain/configs/linear").glob("*.yaml"))
 ROWS = sorted((ROOT / "pretrain/configs/rows").glob("*.yaml"))
 RECIPES = sorted(
     {path for stage in CONFIGS for path in (ROOT / stage / "configs").rglob("*.yaml")} - {*LINEAR_RECIPES, *ROWS}
 )
+GRAPHS = sorted((ROOT / "launch/configs").glob("*.yaml"))
+# Models that each graph scores, counted in the papers' tables: ICON's Table 8 has one number twice, MSCL's Table 2 is
+# run by two kinds of transfer.
+SCORED = {
+    "icon_table1": 2 * 2,
+    "icon_table2": 2,
+    "icon_table3": 6 * 2,
+    "icon_table4": 5 + 4 * 4,
+    "icon_table4_mpii": 5 + 4 * 4,
+    "icon_table5": 5 * 2,
+    "icon_table7": 7 * 2,
+    "icon_table8": 5 + 4 - 1,
+    "mscl_table1": 7 * 3,
+    "mscl_table2": 5 * 3 * 2,
+    "mscl_table3": 5,
+    "mscl_table4": 4,
+    "mscl_table5": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +72,12 @@ def test_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"python -m {stage} --config {recipe.relative_to(ROOT)}" in recipe.read_text(encoding="utf-8")
     written = set(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     assert written >= {"model", "run_dir", "optim"}
+    if isinstance(config, SemiConfig):
+        assert written >= {"data", "teacher"}
+        check_teacher(config)
+        assert bool(config.teacher_from) == (config.teacher.name in TRAINED)
+    if not isinstance(config, PretrainConfig) and BUILDS[network_of(recipe)] != recipe:
+        return
     if isinstance(config, PretrainConfig):
         assert ("data" in written) == (config.method.name != "none")
         if config.method.name != "none":
@@ -56,6 +87,17 @@ def test_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert figures["output"][0] == len(load_skeleton(config.model.skeleton).joints)
     assert poserelay(["inspect", "--config", str(recipe)]) == 0
     assert "MACs" in capsys.readouterr().out
+
+
+def network_of(recipe: Path) -> str:
+    """A recipe's backbone and head; where the weights come from changes neither."""
+    model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+    kwargs = {name: value for name, value in model["backbone"].get("kwargs", {}).items() if name != "pretrained"}
+    return json.dumps([model["backbone"]["name"], kwargs, model.get("head")], sort_keys=True)
+
+
+# The first recipe of each network, which builds it: HRNets take seconds.
+BUILDS = {network_of(recipe): recipe for recipe in reversed(RECIPES)}
 
 
 def build_on_meta(config: PretrainConfig) -> Any:
@@ -88,6 +130,54 @@ def test_linear_recipe(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     assert f"python -m pretrain linear --config {recipe.relative_to(ROOT)}" in text
     assert set(yaml.safe_load(text)) >= {"init_from", "data", "run_dir", "optim"}
+
+
+def jobs_of(graph: Path, run_dir: Path) -> Graph:
+    config = parse(LaunchConfig, ["--config", str(graph), "--run_dir", str(run_dir)], "launch", references=True)
+    return build_graph(config, {}, ROOT)
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_graph(path: Path, tmp_path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert f"python -m launch --config {path.relative_to(ROOT)}" in text
+    graph = jobs_of(path, tmp_path)
+    # What is missing is data, never a recipe or what a stage was to make.
+    missing = [Path(name).relative_to(ROOT).parts[0] for names in graph.missing.values() for name in names]
+    assert not set(missing) - {"aic", "coco", "crowdpose", "imagenet", "mpii", "weights"}
+    scored = [graph.configs[job.name] for job in graph.jobs if job.command == "evaluation test"]
+    assert len({config["checkpoint"] for config in scored}) == len(scored)
+    if "_table" in path.stem:
+        assert len(scored) == SCORED[path.stem]
+    # Everything that is trained is scored, or hands its weights to what is.
+    used = {name for job in graph.jobs for name in job.upstream}
+    assert all(job.name in used for job in graph.jobs if job.command in ("semi", "finetune"))
+    for config in scored:
+        paper, on_coco = path.stem.split("_table")[0], "coco/" in config["annotations"]
+        if paper == "icon":
+            assert config["decoding"]["flip"]
+            assert ("COCO_val2017_detections_AP_H_56_person" in config["boxes"]) == on_coco
+        if paper == "mscl":
+            assert not config["decoding"]["flip"]
+            assert config["boxes"] == "gt"
+    for config in (graph.configs[job.name] for job in graph.jobs if job.command == "semi"):
+        teacher = Named(**config["teacher"])
+        check_kwargs("teacher", teacher, TEACHERS[teacher.name], given=("models", "trained", "sigma", "quantize"))
+        # Nothing is chosen on the split that is reported.
+        assert config["data"]["validation_annotations"] is None
+
+
+@pytest.mark.parametrize("table", ROWS, ids=lambda path: path.stem)
+def test_graphs_pretrain_the_rows_of_their_tables(table: Path, tmp_path: Path) -> None:
+    rows = yaml.safe_load(table.read_text(encoding="utf-8"))
+    expected = []
+    for row in (row for row in rows.values() if row["published"] is not None):
+        overrides = [text for key, value in row["set"].items() for text in (f"--{key}", str(value))]
+        config = to_plain(parse(PretrainConfig, ["--config", row["config"], *overrides], "pretrain"))
+        expected.append((config["method"], config["optim"]))
+    graph = jobs_of(ROOT / f"launch/configs/mscl_{table.stem}.yaml", tmp_path)
+    found = [graph.configs[job.name] for job in graph.jobs if job.command == "pretrain"]
+    assert [(config["method"], config["optim"]) for config in found] == expected
 
 
 @pytest.mark.parametrize(

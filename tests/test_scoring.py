@@ -9,19 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.errors import UserError
-from poserelay.keypoints import Skeleton, resolve_skeleton
+from poserelay.keypoints import Skeleton, load_skeleton, resolve_skeleton
+from poserelay.pckh import GROUPS, NAMES_IN_MAT, pckh, pckh_of_persons, read_mpii
 from poserelay.scoring import (
+    CROWD_LEVELS,
     box_reference,
     check_results,
     coco_ap,
+    crowdpose_ap,
     match_poses,
     match_results,
     mean_pose,
+    oks_metrics,
     pck,
     pck_of_persons,
     place_pose,
@@ -304,3 +309,186 @@ def test_pck_of_persons_measures_by_the_torso_or_else_the_box(tmp_path: Path) ->
     by_torso, details = pck_of_persons(truth, predicted, with_torso, 0.2)  # within 8.2 of the 41 px torso
     assert by_torso == {"PCK": 0.0, "PCK/nose": 0.0, "PCK/paw": 0.0, "PCK/tail": 0.0}
     assert details == {"pck_threshold": 0.2, "pck_reference": "nose to paw", "pck_instances": 1}
+
+
+def crowd_file(*crowd_index: float) -> dict[str, Any]:
+    """One person in each image."""
+    file = coco_file(*(person(n, n, THREE) for n in range(len(crowd_index))), images=len(crowd_index))
+    for image, value in zip(file["images"], crowd_index, strict=True):
+        image["crowdIndex"] = value
+    return file
+
+
+def test_crowd_levels_hold_their_lower_bound() -> None:
+    # The images at and just under each bound; the hits are at 0.2 and 0.8.
+    file = crowd_file(0.0, 0.19, 0.2, 0.79, 0.8, 1.0)
+    results = [pose(2, THREE), pose(4, THREE)]
+    metrics = crowdpose_ap(file, results, ANIMAL)
+    half = pytest.approx(51 / 101)  # recall reaches 0, 0.01, ..., 0.5 of the 101 thresholds
+    assert (metrics["AP easy"], metrics["AP medium"], metrics["AP hard"]) == (0.0, half, half)
+    assert metrics["AP50"] == pytest.approx(34 / 101)
+    assert list(metrics) == ["AP", "AP50", "AP75", "AR", "AR50", "AR75", "AP easy", "AP medium", "AP hard"]
+    by_icon = crowdpose_ap(file, results, ANIMAL, CROWD_LEVELS["icon"])  # 0.19 is medium: one of three
+    assert (by_icon["AP easy"], by_icon["AP medium"]) == (0.0, pytest.approx(34 / 101))
+    assert crowdpose_ap(crowd_file(0.5), [], ANIMAL)["AP easy"] == -1.0  # no such image
+
+
+def test_crowdpose_area_is_the_box_whatever_is_annotated(tmp_path: Path) -> None:
+    file = crowd_file(0.5)
+    moved = [pose(0, displaced(0.72))]  # at the annotated area of 10000; 0.53 of the box makes it 0.538
+    assert crowdpose_ap(file, moved, ANIMAL)["AP"] == pytest.approx(0.1)
+    path = tmp_path / "crowd.json"
+    path.write_text(json.dumps(file))
+    metrics, details = oks_metrics(path, moved, ANIMAL, "icon")
+    assert metrics["AP"] == pytest.approx(0.1)
+    assert details["crowd_levels"] == "icon (easy < 0.1 <= medium < 0.8 <= hard)"
+    assert details["oks_area"] == "0.53 of the box"
+    file["images"].append({"id": 9, "file_name": "9.jpg", "width": 100, "height": 100})  # of another data set
+    path.write_text(json.dumps(file))
+    metrics, details = oks_metrics(path, moved, ANIMAL)
+    assert metrics["AP"] == pytest.approx(0.5)
+    assert details == {"oks_area": "annotated", "poses_per_image": 20}
+
+
+def real_data(folder: str) -> Path:
+    if "POSERELAY_DATA" not in os.environ:
+        pytest.skip(f"POSERELAY_DATA does not name the folder of real data ({folder})")
+    return Path(os.environ["POSERELAY_DATA"]) / folder
+
+
+def test_published_crowdpose_example_to_the_last_digit() -> None:
+    folder = real_data("eval_examples")
+    results = read_results(folder / "example_crowdpose_preds.json")
+    metrics, _ = oks_metrics(folder / "example_crowdpose_val.json", results, load_skeleton("crowdpose14"))
+    expected = {"AP": 0.7877, "AP50": 0.9881, "AP75": 0.7314, "AR": 0.8222, "AR50": 1.0, "AR75": 0.7778}
+    expected |= {"AP easy": 1.0, "AP medium": 0.9802, "AP hard": 0.4116}
+    assert {name: round(value, 4) for name, value in metrics.items()} == expected
+
+
+def hrnet_pckh(error: np.ndarray, labelled: np.ndarray, heads: np.ndarray, threshold: float) -> tuple[float, list]:
+    """HRNet's evaluator, in its own order of steps: joints `[16, N]`, the mean weighted by the joints' counts."""
+    within = (error / heads <= threshold) & labelled
+    per_joint, count = within.sum(1) / labelled.sum(1), labelled.sum(1)
+    counted = [joint for joint in range(16) if joint not in (6, 7)]
+    mean = sum(per_joint[joint] * count[joint] / count[counted].sum() for joint in counted)
+    pairs = [(13, 12), (14, 11), (15, 10), (3, 2), (4, 1), (5, 0)]
+    return mean, [per_joint[9], *(0.5 * (per_joint[left] + per_joint[right]) for left, right in pairs)]
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1))
+def test_pckh_equals_the_evaluator_of_hrnet(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(0, 300, (8, 16, 2))
+    predicted = truth + rng.normal(0, 12, truth.shape)
+    visibility = rng.integers(0, 3, (8, 16))
+    visibility[0] = 2  # every joint is labelled somewhere
+    heads = rng.uniform(20, 60, 8)
+    found, details = pckh(predicted, truth, visibility, heads, load_skeleton("mpii16").joints)
+    error = np.linalg.norm(predicted - truth, axis=-1).T
+    for threshold in (0.5, 0.1):
+        mean, groups = hrnet_pckh(error, visibility.T > 0, heads, threshold)
+        assert found[f"PCKh@{threshold}"] == pytest.approx(mean)
+        assert [found[f"PCKh@{threshold}/{name}"] for name in GROUPS] == pytest.approx(groups)
+    assert found["PCKh@0.11"] == pytest.approx(hrnet_pckh(error, visibility.T > 0, heads, 0.11)[0])
+    assert (details["pckh_instances"], details["without_head_size"]) == (8, 0)
+
+
+def test_persons_without_a_head_size_are_left_out_and_counted() -> None:
+    joints = load_skeleton("mpii16").joints
+    truth = np.zeros((3, 16, 2))
+    predicted = truth + np.array([[[5.0, 0.0]], [[999.0, 0.0]], [[5.1, 0.0]]])
+    found, details = pckh(predicted, truth, np.ones((3, 16)), np.array([10.0, np.nan, 10.0]), joints)
+    assert found["PCKh@0.5"] == 0.5  # at the threshold is within
+    assert (details["pckh_instances"], details["without_head_size"]) == (2, 1)
+
+
+def test_head_sizes_of_a_file(tmp_path: Path) -> None:
+    boxed = person(1, 0, THREE, head_box=[10, 20, 40, 60])
+    truth = read(
+        tmp_path, boxed, person(2, 0, THREE, head_size=12), person(3, 0, THREE), person(4, 0, THREE, head_box=None)
+    )
+    assert truth.head_sizes[:2].tolist() == pytest.approx([30.0, 12.0])  # 0.6 of a diagonal of 50
+    assert np.isnan(truth.head_sizes[2:]).all()
+    with pytest.raises(UserError, match=r"annotation 1: field head_box: has 3 numbers, expected 4"):
+        read(tmp_path, person(1, 0, THREE, head_box=[1, 2, 3]))
+    with pytest.raises(UserError, match=r"annotation 1: field head_size: 0 gives no size above 0"):
+        read(tmp_path, person(1, 0, THREE, head_size=0))
+    with pytest.raises(UserError, match=r"val\.json: no person has a head_box or a head_size.*poserelay convert"):
+        pckh_of_persons(read(tmp_path, person(1, 0, THREE)), np.zeros((1, 3, 2)))
+
+
+def mpii_files(tmp_path: Path, persons: int = 4, **changes: Any) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    names = np.empty((1, 16), dtype=object)
+    names[0] = list(NAMES_IN_MAT)
+    heads = np.zeros((2, 2, persons))
+    heads[1] = [[30.0] * persons, [40.0] * persons]
+    truth = rng.uniform(0, 300, (16, 2, persons))
+    missing = np.zeros((16, persons), dtype=np.uint8)
+    missing[0, 1] = 1
+    fields = {"dataset_joints": names, "jnt_missing": missing, "pos_gt_src": truth, "headboxes_src": heads}
+    preds = {"preds": np.moveaxis(truth, -1, 0) + np.array([3.0, 4.0])}
+    for file, values in (("gt_valid.mat", fields), ("pred.mat", preds)):
+        kept = {name: changes.get(name, value) for name, value in values.items()}
+        scipy.io.savemat(tmp_path / file, {name: value for name, value in kept.items() if value is not None})
+    return tmp_path / "gt_valid.mat", tmp_path / "pred.mat"
+
+
+def test_mpii_files_are_read(tmp_path: Path) -> None:
+    poses = read_mpii(*mpii_files(tmp_path))
+    assert poses.joints == load_skeleton("mpii16").joints
+    np.testing.assert_allclose(np.linalg.norm(poses.predicted - poses.truth, axis=-1), 5.0)
+    assert poses.head_sizes.tolist() == pytest.approx([30.0] * 4)
+    assert np.argwhere(~poses.visibility).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preds": None, "other": 1}, r"pred\.mat: has no preds, found nothing"),
+        ({"jnt_missing": None}, r"gt_valid\.mat: has no jnt_missing, found dataset_joints, pos_gt_src"),
+        ({"preds": np.zeros((3, 16, 2))}, r"pred\.mat: field preds: 3 x 16 x 2 of float64, expected 4 x 16 x 2"),
+        ({"preds": np.zeros((4, 17, 2))}, r"pred\.mat: field preds: 4 x 17 x 2 .* as gt_valid\.mat has"),
+        ({"headboxes_src": np.zeros((2, 4))}, r"gt_valid\.mat: field headboxes_src: 2 x 4 of"),
+        ({"dataset_joints": np.array([["rank", "beak"]], dtype=object)}, "dataset_joints: beak is not a joint of MPII"),
+    ],
+)
+def test_mpii_files_that_cannot_be_used_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_mpii(*mpii_files(tmp_path, **changes))
+
+
+def test_broken_mpii_files_are_named(tmp_path: Path) -> None:
+    truth, preds = mpii_files(tmp_path)
+    preds.write_bytes(preds.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"pred\.mat: not a MATLAB file"):
+        read_mpii(truth, preds)
+    with pytest.raises(UserError, match=r"absent\.mat: cannot be read"):
+        read_mpii(truth, tmp_path / "absent.mat")
+
+
+def test_pckh_of_the_mpii_photographs_to_the_last_digit(tmp_path: Path) -> None:
+    """From the .mat files, and from a COCO file made of them with head boxes and a results list."""
+    folder = real_data("mpii")
+    poses = read_mpii(folder / "gt_valid.mat", folder / "pred.mat")
+    found, _ = pckh(poses.predicted, poses.truth, poses.visibility, poses.head_sizes, poses.joints)
+    assert f"{100 * found['PCKh@0.5']:.3f}" == "82.110"
+
+    corners = scipy.io.loadmat(folder / "gt_valid.mat")["headboxes_src"]
+    names = [record["image"] for record in json.loads((folder / "valid.json").read_text())]
+    ids = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    persons, results = [], []
+    for n, name in enumerate(names):
+        triples = np.column_stack([poses.truth[n] - 1, 2 * poses.visibility[n]]).ravel().tolist()
+        head = (corners[..., n].ravel() - 1).tolist()
+        persons.append(person(n, ids[name], triples, bbox=[0, 0, 900, 900], head_box=head))
+        predicted = np.column_stack([poses.predicted[n] - 1, np.ones(16)]).ravel().tolist()
+        results.append(pose(ids[name], predicted))
+    file = coco_file(*persons, images=len(ids))
+    file["categories"][0]["keypoints"] = list(poses.joints)
+    (tmp_path / "mpii.json").write_text(json.dumps(file))
+    truth = read_coco(tmp_path / "mpii.json")
+    from_coco, details = pckh_of_persons(truth, match_results(truth, results))
+    assert from_coco == pytest.approx(found)
+    assert details["pckh_instances"] == 65

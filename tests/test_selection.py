@@ -20,13 +20,13 @@ from finetune.__main__ import main as finetune
 from poserelay.__main__ import main as poserelay
 from poserelay.checkpoint import describe, read_export, write_export
 from poserelay.command import to_plain
-from poserelay.config import InputConfig, LabelsConfig, ModelConfig, Named
+from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.errors import UserError
 from poserelay.model import build_backbone
 from poserelay.neighbours import Backend, unit
 from poserelay.run import file_sha256
 from poserelay.selection import Method, cluster, distinct, duplicate_limit, fill_empty, k_centre, seed_centres, select
-from poserelay.subsets import Subset, choose_images, is_subset, read_subset, write_subset
+from poserelay.subsets import Subset, is_subset, read_subset, write_subset
 
 METHODS: list[Method] = ["kmeans", "kcentre"]
 BACKENDS: list[Backend] = ["torch", "faiss"]
@@ -234,21 +234,6 @@ def test_a_changed_list_is_told(tmp_path: Path) -> None:
             read_subset(file)
     with pytest.raises(UserError, match="no such file"):
         read_subset(tmp_path / "absent")
-
-
-def test_labels_file_chooses_the_listed_images(tmp_path: Path) -> None:
-    file = tmp_path / "subset.json"
-    write_subset(file, SUBSET)
-    labels = LabelsConfig(file=str(file))
-    names = {5: "c.jpg", 2: "a.jpg", 9: "other.jpg", 3: "./é/b.jpg"}
-    assert choose_images([9, 5, 3, 2], labels, names) == [5, 3, 2]
-    assert choose_images([9, 5, 3], labels, names) == [5, 3]  # of a.jpg no person is labelled
-    with pytest.raises(UserError, match="none of its 3 images carries a labelled person"):
-        choose_images([9], labels, names)
-    with pytest.raises(UserError, match=r"'a.jpg' is not among the images of the annotation file .1 of 3 are not"):
-        choose_images([9, 5], labels, {5: "c.jpg", 9: "other.jpg", 3: "é/b.jpg"})
-    with pytest.raises(ValueError, match="give count or file, not both"):
-        LabelsConfig(count=3, file="x")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -155,14 +156,14 @@ def test_half_body_centres_the_crop_on_the_chosen_joints(folder: Path, annotatio
 def test_detections_carry_no_labels(folder: Path, annotations: CocoAnnotations) -> None:
     detections = Detections(np.array([1, 0, 1]), np.array([[0, 0, 300, 300], [5, 6, 7, 8], [1, 2, 3, 4.0]]),
                             np.array([0.5, 0.6, 0.7]), skipped=0)  # fmt: skip
-    dataset = TopDownDataset(annotations, folder, SKELETON, SIZE, detections=detections, image_ids=[41])
-    assert len(dataset) == 2
-    batch = collate([dataset[0], dataset[1]])
-    np.testing.assert_array_equal(batch.boxes, [[0, 0, 300, 300], [1, 2, 3, 4]])  # not clipped
-    assert batch.scores.tolist() == pytest.approx([0.5, 0.7])
-    assert batch.areas.tolist() == [90000, 12]
-    assert batch.image_ids == [41, 41]
-    assert batch.annotation_ids == [None, None]
+    dataset = TopDownDataset(annotations, folder, SKELETON, SIZE, detections=detections)
+    assert len(dataset) == 3
+    batch = collate([dataset[0], dataset[1], dataset[2]])
+    np.testing.assert_array_equal(batch.boxes, [[0, 0, 300, 300], [5, 6, 7, 8], [1, 2, 3, 4]])  # not clipped
+    assert batch.scores.tolist() == pytest.approx([0.5, 0.6, 0.7])
+    assert batch.areas.tolist() == [90000, 56, 12]
+    assert batch.image_ids == [41, 40, 41]
+    assert batch.annotation_ids == [None, None, None]
     assert not batch.visibility.any()
 
 
@@ -193,11 +194,15 @@ def test_batches_of_a_loader(folder: Path, annotations: CocoAnnotations) -> None
         assert sorted(one.image_ids) == [40, 41]
 
 
-def test_image_ids_choose_the_persons(folder: Path, annotations: CocoAnnotations) -> None:
-    dataset = TopDownDataset(annotations, folder, SKELETON, SIZE, image_ids=[41])
+def test_rows_choose_the_persons(folder: Path, annotations: CocoAnnotations) -> None:
+    dataset = TopDownDataset(annotations, folder, SKELETON, SIZE, rows=np.array([1]))
     assert [crop.annotation_id for crop in (dataset[i] for i in range(len(dataset)))] == [91]
-    with pytest.raises(UserError, match=r"toy\.json: no person with a labelled joint"):
-        TopDownDataset(annotations, folder, SKELETON, SIZE, image_ids=[])
+    both = TopDownDataset(annotations, folder, SKELETON, SIZE, rows=np.array([1, 0]))
+    assert both.annotation_ids == [90, 91]  # in the file's order
+    crowd = dataclasses.replace(annotations, iscrowd=np.array([False, True]))
+    assert TopDownDataset(crowd, folder, SKELETON, SIZE, rows=np.array([0, 1])).annotation_ids == [90]
+    with pytest.raises(UserError, match=r"toy\.json: no person with a labelled joint among the 1 chosen annotations"):
+        TopDownDataset(crowd, folder, SKELETON, SIZE, rows=np.array([1]))
 
 
 def test_no_joint_in_common(folder: Path, annotations: CocoAnnotations) -> None:

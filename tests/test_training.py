@@ -19,6 +19,7 @@ from finetune.__main__ import main as finetune
 from poserelay.checkpoint import read_export
 from poserelay.run import file_sha256, read_metrics
 from pretrain.__main__ import main as pretrain
+from semi.__main__ import main as semi
 
 SMALL = {"name": "timm", "kwargs": {"model": "test_resnet"}}  # 0.5 M parameters: resume files of a few MB
 Stage = Callable[[list[str]], int]
@@ -64,6 +65,18 @@ def contrast_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
     return pretrain_arguments(people, run_dir, *method, *more)
 
 
+def semi_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    """PoseDual with ICON: two networks, two loaders, draws on the device."""
+    config = {
+        **yaml.safe_load(Path(finetune_arguments(people, run_dir)[1]).read_text()),
+        "teacher": {"name": "dual"},
+        "optim": {"batch_size": 4, "unlabelled_batch_size": 5, "lr_batch": 4, "epochs": 2, "drops": [1]},
+        "hard": {"rand_augment": 2},
+        "icon": {"lambda_p": 1.0, "channels": 16, "gamma": 0.0},
+    }
+    return write(run_dir, config, more)
+
+
 def write(run_dir: Path, config: dict, more: tuple[str, ...]) -> list[str]:
     file = run_dir.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
@@ -74,6 +87,7 @@ STAGES = {
     "finetune": (finetune, finetune_arguments),
     "pretrain": (pretrain, pretrain_arguments),
     "contrast": (pretrain, contrast_arguments),
+    "semi": (semi, semi_arguments),
 }
 
 
@@ -282,7 +296,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     people: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, arguments = stage
-    lr = ("--optim.lr", "1e30") if main is finetune else ("--optim.base_lr", "1e30")
+    lr = ("--optim.lr", "1e30") if main is not pretrain else ("--optim.base_lr", "1e30")
     assert main(arguments(people, tmp_path / "run", *lr)) == 3
     assert "the loss is not a number at step" in capsys.readouterr().err
     for path in (tmp_path / "run" / "resume").glob("*.pt"):

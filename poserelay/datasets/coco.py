@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
+from ..geometry import clip_boxes
 
 AREA_OF_BOX = 0.53
 """Share of its box that a person without an annotated area is taken to cover (CrowdPose's evaluator)."""
+SC_BIAS = 0.6
+"""Share of the head box's diagonal that PCKh takes for the head's size (MPII's evaluator)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class CocoAnnotations:
     """`[N, K]` int64: 0 not labelled, 1 labelled but hidden, 2 visible."""
     iscrowd: np.ndarray
     """`[N]` bool."""
+    bbox_clip: np.ndarray
+    """`[N]` bool: whether the box is clipped to its image before the crop; MPII's are not (`convert.mpii`)."""
+    head_sizes: np.ndarray
+    """`[N]` float64, image pixels, 0.6 of the head box's diagonal (PCKh); NaN without `head_box` or `head_size`."""
 
     @property
     def joints(self) -> tuple[str, ...]:
@@ -52,6 +59,12 @@ class CocoAnnotations:
     def persons(self) -> np.ndarray:
         """Indices of the annotations that show one person (no crowd) with at least one labelled joint."""
         return np.flatnonzero(~self.iscrowd & (self.visibility > 0).any(axis=1))
+
+    def crop_boxes(self, rows: np.ndarray) -> np.ndarray:
+        """The boxes `[n, 4]` of annotations `rows` to crop: clipped to the image, unless `bbox_clip` says not to."""
+        boxes = self.boxes[rows]
+        clipped = clip_boxes(boxes, self.image_sizes[self.image_index[rows]])
+        return np.where(self.bbox_clip[rows, None], clipped, boxes)
 
     @property
     def labelled_image_ids(self) -> list[int]:
@@ -76,7 +89,8 @@ class Detections:
 def read_coco(path: str | os.PathLike[str]) -> CocoAnnotations:
     """Read a COCO-keypoint file.
 
-    Annotations of categories without keypoints are left out; an absent `area` is 0.53 of the box.
+    Annotations of categories without keypoints are left out; an absent `area` is 0.53 of the box. `head_box` (x1, y1,
+    x2, y2) or `head_size` (0.6 of its diagonal) are read where they are given, and so is `bbox_clip`.
 
     Raises:
         UserError: not JSON, not COCO, or a record that cannot be used; names the file, the record and the field.
@@ -239,6 +253,8 @@ def _persons(path: Path, records: list[dict[str, Any]], joints: int) -> dict[str
     visibility = keypoints[..., 2].astype(np.int64)
     boxes = _numbers(path, records, [record["bbox"] for record in records], "bbox", (4,))
     _check_boxes(path, records, boxes, (visibility > 0).any(axis=1))
+    clipped = [record.get("bbox_clip", True) for record in records]
+    _check(path, records, [type(value) is not bool for value in clipped], "bbox_clip", "is not true or false")
     box_areas = AREA_OF_BOX * boxes[:, 2] * boxes[:, 3]
     stated = [record.get("area", area) for record, area in zip(records, box_areas.tolist(), strict=True)]
     areas = _numbers(path, records, stated, "area", ())
@@ -250,7 +266,24 @@ def _persons(path: Path, records: list[dict[str, Any]], joints: int) -> dict[str
         "keypoints": np.where(visibility[..., None] > 0, keypoints[..., :2], 0.0),
         "visibility": visibility,
         "iscrowd": np.array([bool(record.get("iscrowd", 0)) for record in records], dtype=bool),
+        "bbox_clip": np.array(clipped, dtype=bool),
+        "head_sizes": _head_sizes(path, records),
     }
+
+
+def _head_sizes(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
+    sizes = np.full(len(records), np.nan)
+    # Where a person has both, the box is what was annotated.
+    for field, shape in (("head_size", ()), ("head_box", (4,))):
+        rows = [row for row, record in enumerate(records) if record.get(field) is not None]
+        having = [records[row] for row in rows]
+        found = _numbers(path, having, [record[field] for record in having], field, shape)
+        if shape:
+            found = SC_BIAS * np.linalg.norm(found[:, 2:] - found[:, :2], axis=1)
+        wrong = ~(np.isfinite(found) & (found > 0))
+        _check(path, having, wrong, field, "gives no size above 0; mend it or remove the field")
+        sizes[rows] = found
+    return sizes
 
 
 def _check_boxes(path: Path, records: Sequence[dict[str, Any]], boxes: np.ndarray, used: ArrayLike) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ..batch import CropBatch
 from ..config import Augmentation
 from ..errors import UnreadableImage, UserError
-from ..geometry import apply_affine, box_to_affine, clip_boxes, half_body_box
+from ..geometry import apply_affine, box_to_affine, half_body_box
 from ..keypoints import Skeleton, match_joints
 from .coco import CocoAnnotations, Detections, check_images_exist
 from .sampling import Draws, epoch_order, read_image
@@ -49,7 +49,7 @@ class TopDownDataset(Dataset[CropRecord]):
         augmentation: what `sample` draws; None draws nothing. Ignored by `evaluation_sample`.
         detections: boxes to crop instead of the persons; their crops carry no labels.
         padding: factor on the box.
-        image_ids: the images to take persons from; None takes all.
+        rows: the annotations to take, indices into `annotations`; None takes all persons. Not with detections.
 
     A picture of another size than the file says is unreadable: its labels would be in the wrong places.
 
@@ -68,7 +68,7 @@ class TopDownDataset(Dataset[CropRecord]):
         detections: Detections | None = None,
         padding: float = 1.25,
         alignment: Literal["hrnet", "udp"] = "hrnet",
-        image_ids: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self.annotations = annotations
         self.image_dir = Path(image_dir)
@@ -82,28 +82,26 @@ class TopDownDataset(Dataset[CropRecord]):
 
         keypoints, visibility = self._matched_joints()
         if detections is None:
-            rows = _of_images(annotations.persons, annotations.image_index, annotations, image_ids)
-            self.image_index = annotations.image_index[rows]
-            self.boxes = clip_boxes(annotations.boxes[rows], annotations.image_sizes[self.image_index])
-            self.scores = np.ones(len(rows))
-            self.areas = annotations.areas[rows]
-            self.annotation_ids: list[int | None] = annotations.ids[rows].tolist()
-            self.keypoints, self.visibility = keypoints[rows], visibility[rows]
+            persons = annotations.persons
+            taken = persons if rows is None else persons[np.isin(persons, rows)]
+            self.image_index = annotations.image_index[taken]
+            self.boxes = annotations.crop_boxes(taken)
+            self.scores = np.ones(len(taken))
+            self.areas = annotations.areas[taken]
+            self.annotation_ids: list[int | None] = annotations.ids[taken].tolist()
+            self.keypoints, self.visibility = keypoints[taken], visibility[taken]
         else:
-            rows = _of_images(np.arange(len(detections.boxes)), detections.image_index, annotations, image_ids)
-            self.image_index = detections.image_index[rows]
-            self.boxes = detections.boxes[rows]
-            self.scores = detections.scores[rows]
+            self.image_index = detections.image_index
+            self.boxes = detections.boxes
+            self.scores = detections.scores
             self.areas = self.boxes[:, 2] * self.boxes[:, 3]
-            self.annotation_ids = [None] * len(rows)
-            self.keypoints = np.zeros((len(rows), *keypoints.shape[1:]))
-            self.visibility = np.zeros((len(rows), *visibility.shape[1:]), dtype=np.int64)
-        if not len(rows):
+            self.annotation_ids = [None] * len(self.boxes)
+            self.keypoints = np.zeros((len(self.boxes), *keypoints.shape[1:]))
+            self.visibility = np.zeros((len(self.boxes), *visibility.shape[1:]), dtype=np.int64)
+        if not len(self.boxes):
             wanted = "person with a labelled joint" if detections is None else "detection"
-            chosen = len(annotations.image_ids) if image_ids is None else len(image_ids)
-            raise UserError(
-                f"{annotations.path}: no {wanted} on the {chosen} chosen images; check the file or the choice"
-            )
+            chosen = "" if rows is None else f" among the {len(rows)} chosen annotations"
+            raise UserError(f"{annotations.path}: no {wanted}{chosen}; check the file or the choice")
         used = np.unique(self.image_index)
         check_images_exist([annotations.file_names[row] for row in used], self.image_dir)
 
@@ -209,15 +207,6 @@ def collate_draws(draws: Sequence[tuple[CropRecord, list[str]]]) -> CropBatch:
     batch = collate([crop for crop, _ in draws])
     batch.replaced = [message for _, messages in draws for message in messages]
     return batch
-
-
-def _of_images(
-    rows: np.ndarray, image_index: np.ndarray, annotations: CocoAnnotations, image_ids: Sequence[int] | None
-) -> np.ndarray:
-    if image_ids is None:
-        return rows
-    wanted = np.isin(annotations.image_ids, np.asarray(image_ids, dtype=np.int64))
-    return rows[wanted[image_index[rows]]]
 
 
 def _draw(

@@ -1,0 +1,244 @@
+"""What one optimiser step computes: losses of labelled and unlabelled crops under a teacher, and ICON's contrast.
+
+All of it is one forward call, so that several processes wrap it as one network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poserelay.backbones import Backbone
+from poserelay.backbones.hrnet import is_hrnet
+from poserelay.batch import CropBatch
+from poserelay.heatmaps import decode, encode, heatmap_to_input, input_to_heatmap, target_weight
+from poserelay.losses import joints_mse
+from poserelay.model import PoseModel
+
+from .diagnostics import FIGURES, figures, labelled_peak
+from .icon import IconLoss, ProjectionHead, icon_loss
+from .teachers import Targets, Teacher
+from .views import HardViews
+
+TERMS = ("loss", "supervised", "labelled_peak")
+UNLABELLED_TERMS = ("unlabelled", *FIGURES)
+CONTRAST_TERMS = ("skcc", "prcc", "queries", "negatives")
+
+
+class Contrast(NamedTuple):
+    """ICON's settings; `semi.config.IconConfig` says what they are."""
+
+    lambda_p: float
+    lambda_1: float
+    lambda_2: float
+    tau: float
+    channels: int
+    sampler: Literal["all", "random", "hard"]
+    contrast: Literal["inter", "intra"]
+    negatives: Literal["all", "others"]
+    gamma: float
+    pixels_per_joint: int
+    max_queries: int
+    max_negatives: int
+    normalise_pairs: bool
+
+
+class Seen(NamedTuple):
+    """What a student made of N crops, for ICON."""
+
+    embedded: Tensor
+    """`[N, m, h', w']`."""
+    joints: Tensor
+    """`[N, K, 2]`, input pixels."""
+    valid: Tensor
+    """`[N, K]` bool."""
+    predicted: Tensor
+    """`[N, K, h, w]`."""
+    targets: Tensor
+    """`[N, K, h, w]`."""
+
+
+class Student(nn.Module):
+    """A pose model in training with ICON's projection head beside its heatmap head, which is never exported.
+
+    The head reads HRNet's stage 3, branch of highest resolution, or ResNet's conv4_x (readings ICON 1): the third of
+    a backbone's four maps.
+
+    Args:
+        model: the pose model.
+        channels: m, of the embeddings; 0 for none.
+    """
+
+    def __init__(self, model: PoseModel, channels: int) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = ProjectionHead(contrasted_channels(model.backbone), channels) if channels else None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]` and embeddings `[B, m, h', w']`."""
+        if self.projection is None:
+            return self.model(images).float(), None
+        maps, contrasted = contrasted_map(self.model.backbone, images)
+        return self.model.head(maps).float(), self.projection(contrasted).float()
+
+
+def contrasted_channels(backbone: Backbone) -> int:
+    """Channels of the map that ICON contrasts."""
+    return backbone.channels[0] if is_hrnet(backbone) else backbone.channels[2]
+
+
+def contrasted_map(backbone: Backbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The backbone's maps, and the one that ICON contrasts."""
+    if not is_hrnet(backbone):
+        maps = backbone(images)
+        return maps, maps[2]
+    kept: list[Tensor] = []
+    network: Any = backbone.network
+    handle = network.stage3.register_forward_hook(lambda _module, _inputs, branches: kept.append(branches[0]))
+    try:
+        return backbone(images), kept[0]
+    finally:
+        handle.remove()
+
+
+class SemiStep(nn.Module):
+    """The networks in training, their teachers, and the losses of Eq. 5-7.
+
+    The supervised loss is the mean over the networks, the unlabelled one their sum: with two, 0.5 + 0.5 and 1 + 1 as
+    Semi_Human_Pose has them.
+
+    Args:
+        students: one, or the two of PoseDual.
+        teachers: one for each student; none for labels alone.
+        views: makes the hard view of teachers in training; None: the student sees the crop that its teacher saw.
+        contrast: ICON, or None.
+        lambda_u: weight of the unlabelled loss.
+        sigma: of the target Gaussians, heatmap pixels.
+        quantize: round their centres to whole heatmap pixels.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[Student],
+        teachers: Sequence[Teacher],
+        *,
+        views: HardViews | None,
+        contrast: Contrast | None,
+        lambda_u: float,
+        sigma: float,
+        quantize: bool,
+    ) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(students)
+        self.teachers = list(teachers)
+        for number, teacher in enumerate(teachers):
+            if isinstance(teacher, nn.Module):  # its weights change too, and belong to what is saved
+                self.add_module(f"teacher{number + 1}", teacher)
+        self.views = views
+        self.contrast = contrast
+        self.lambda_u = lambda_u
+        self.sigma = sigma
+        self.quantize = quantize
+        self.terms: tuple[str, ...] = (
+            *TERMS,
+            *(UNLABELLED_TERMS if self.teachers else ()),
+            *(CONTRAST_TERMS if contrast else ()),
+        )
+        """Names of what a call returns."""
+
+    @property
+    def models(self) -> list[PoseModel]:
+        """The pose models of the students."""
+        students: Any = self.students
+        return [student.model for student in students]
+
+    def forward(self, labelled: CropBatch, unlabelled: CropBatch | None, generator: torch.Generator) -> Tensor:
+        """The values of `terms`, `[T]`; the first is the loss, the others carry no gradient.
+
+        generator: of this step and process, on the CPU.
+        """
+        model = self.models[0]
+        targets, weight = self._labelled_targets(labelled, model)
+        views = [] if unlabelled is None else self._unlabelled_views(unlabelled, model, generator)
+        rows = []
+        for number, student in enumerate(self.students):
+            predicted, embedded = student(model.preprocess(labelled.images))
+            supervised = joints_mse(predicted, targets, weight)
+            loss = supervised / len(self.students)
+            row = [supervised, labelled_peak(predicted, weight)]
+            seen = [Seen(embedded, labelled.keypoints, labelled.visibility == 2, predicted, targets)]
+            if views:
+                images, taught = views[number]
+                answered, embedded = student(images)
+                unsupervised = joints_mse(answered, taught.heatmaps, taught.mask)
+                loss = loss + self.lambda_u * unsupervised
+                row += [unsupervised, *figures(taught.heatmaps, taught.mask, answered)]
+                seen.append(Seen(embedded, *self._taught_joints(taught, model), answered, taught.heatmaps))
+            if self.contrast:
+                found = self._contrast(self.contrast, seen, model, generator)
+                loss = loss + self.contrast.lambda_p * found.total / len(self.students)
+                row += [found.skcc, found.prcc, found.queries, found.negatives]
+            rows.append(torch.stack([loss, *(value.detach() for value in row)]))
+        values = torch.stack(rows)
+        return torch.cat([values[:, :1].sum(0), values[:, 1:].mean(0)])
+
+    def _unlabelled_views(
+        self, crops: CropBatch, model: PoseModel, generator: torch.Generator
+    ) -> list[tuple[Tensor, Targets]]:
+        """For each student the normalised crops that it sees, and what its teacher says of them."""
+        answers = [teacher(crops) for teacher in self.teachers]
+        if self.views is None:
+            return [(model.preprocess(crops.images), answer) for answer in answers]
+        size = (crops.images.shape[-2], crops.images.shape[-1])
+        images = model.preprocess(self.views.colour(crops.images, generator))
+        turns = self.views.draw_turns(len(crops), generator, images.device)
+        views = []
+        for answer in answers:
+            peaks, _ = decode(answer.heatmaps)
+            joints = heatmap_to_input(peaks, size, model.heatmap_size, model.input.alignment)
+            hard = self.views.turn(self.views.cut(images, joints, generator), turns, size)
+            views.append((hard, answer._replace(heatmaps=self.views.turn(answer.heatmaps, turns, size))))
+        return views
+
+    def _labelled_targets(self, crops: CropBatch, model: PoseModel) -> tuple[Tensor, Tensor]:
+        """Gaussians `[B, K, h, w]` of the labels, and the weight of each, `[B, K]`."""
+        size, input = model.heatmap_size, model.input
+        keypoints = input_to_heatmap(crops.keypoints, (input.height, input.width), size, input.alignment)
+        targets = encode(keypoints, crops.visibility, size, self.sigma, quantize=self.quantize)
+        return targets, target_weight(keypoints, crops.visibility, size, self.sigma)
+
+    def _taught_joints(self, taught: Targets, model: PoseModel) -> tuple[Tensor, Tensor]:
+        """Input pixels `[B, K, 2]` of the teacher's peaks on the student's view, and which ICON takes, `[B, K]`.
+
+        A peak must be above gamma before the turn and after it, which takes some joints out of the view.
+        """
+        peaks, height = decode(taught.heatmaps, refine="parabola")
+        size = (model.input.height, model.input.width)
+        joints = heatmap_to_input(peaks, size, model.heatmap_size, model.input.alignment)
+        gamma = self.contrast.gamma if self.contrast else 0.0
+        return joints, (taught.mask > 0) & (torch.minimum(height, taught.confidence) > gamma)
+
+    def _contrast(
+        self, contrast: Contrast, seen: Sequence[Seen], model: PoseModel, generator: torch.Generator
+    ) -> IconLoss:
+        """ICON over labelled and unlabelled crops together."""
+        embedded, joints, valid, predicted, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        size = (model.input.height, model.input.width)
+        places = input_to_heatmap(joints, size, (embedded.shape[-2], embedded.shape[-1]), model.input.alignment)
+        skeleton, settings = model.skeleton, contrast._asdict()
+        for name in ("lambda_p", "channels", "gamma"):
+            settings.pop(name)
+        return icon_loss(
+            embedded,
+            places,
+            valid,
+            predicted.detach(),
+            targets,
+            [(first, second) for first, second in map(skeleton.indices, skeleton.prcc_pairs)],
+            radius=self.sigma * embedded.shape[-2] / targets.shape[-2],
+            generator=generator,
+            **settings,
+        )
