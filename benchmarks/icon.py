@@ -1,6 +1,6 @@
 """ICON's losses, forward and backward: against a loop over the joints, as the batch grows, and in a training step.
 
-    python benchmarks/icon.py [--sampler hard] [--batches 16 128 512] [--joints 17 34 68] [--rounds 3] [--json]
+    python benchmarks/icon.py [--sampler hard] [--batches 16 128 512] [--joints 17 68] [--rounds 2] [--json]
 
 `ours` and `peer` are SKCC and PRCC of `--peer_batch` persons under the sampler "all", which a loop can repeat: the
 peer takes one query after the other, its positives and negatives as vectors. `grid` holds milliseconds and the peak of
@@ -180,12 +180,12 @@ def main() -> None:
     parser.add_argument("--peer_batch", type=int, default=16, help="persons, ours against the loop")
     parser.add_argument("--sampler", choices=("all", "random", "hard"), default="hard", help="of the grid")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 128, 512])
-    parser.add_argument("--joints", type=int, nargs="+", default=[17, 34, 68], help="multiples of 17")
+    parser.add_argument("--joints", type=int, nargs="+", default=[17, 68], help="multiples of 17")
     parser.add_argument("--backbone", default="resnet50", help="of the training step")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 192), help="of its crops, height and width")
     parser.add_argument("--step_batch", type=int, default=8, help="persons of the step on the CPU")
     parser.add_argument("--loss_batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from poserelay.backbones.contrasted import contrasted_level
 from poserelay.checkpoint import verify_handoff
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.datasets.sampling import draw_generator
@@ -29,7 +30,6 @@ from poserelay.keypoint_embeddings import (
     at_best,
     by_chance,
     embed_joints,
-    embedded_level,
     mean_cosines,
     retrieved,
     visible_joints,
@@ -227,7 +227,7 @@ def measure(vectors: Tensor, points: Points, k: int, skeleton: Skeleton) -> dict
 
 def origin(model: PoseModel, sha256: str) -> dict[str, Any]:
     """Where the embeddings of a checkpoint come from."""
-    level = embedded_level(model.backbone)
+    level = contrasted_level(model.backbone)
     return {
         "backbone": model.config.backbone.name,
         "map_stride": model.backbone.strides[level],

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .backbones import Backbone
-from .backbones.hrnet import is_hrnet
+from .backbones.contrasted import contrasted_level, contrasted_map
 from .datasets.sampling import worker_init
 from .datasets.topdown import TopDownDataset, collate
 from .embeddings import evaluating
@@ -40,14 +39,6 @@ class Shares(NamedTuple):
     """`[P]` float64: the same joint."""
     mirror: Tensor
     """`[P]` float64: its mirror joint, left for right."""
-
-
-def embedded_level(backbone: Backbone) -> int:
-    """The one of the backbone's maps that ICON contrasts: HRNet's highest resolution, or else conv4_x (stride 16).
-
-    The authors take HRNet's branch at the end of stage 3; a pose model's backbone gives it at the end of stage 4.
-    """
-    return 0 if is_hrnet(backbone) else 2
 
 
 def sample_at(maps: Tensor, xy: Tensor) -> Tensor:
@@ -113,13 +104,13 @@ def embed_joints(
         generator=torch.Generator(),  # a loader would otherwise draw its workers' seed from the global one
     )
     device = next(model.parameters()).device
-    level = embedded_level(model.backbone)
     wanted = torch.from_numpy(taken).split(batch_size)
-    vectors = [torch.empty(0, model.backbone.channels[level])]
+    vectors = [torch.empty(0, model.backbone.channels[contrasted_level(model.backbone)])]
     with evaluating(model), torch.inference_mode():
         bar = tqdm(loader, "embed", unit="batch", leave=False, disable=None if progress else True)
         for batch, mask in zip(bar, wanted, strict=True):
-            maps = model.backbone(model.preprocess(batch.images.to(device, non_blocking=True)))[level].float()
+            images = model.preprocess(batch.images.to(device, non_blocking=True))
+            maps = contrasted_map(model.backbone, images)[1].float()
             input_size = (batch.images.shape[-2], batch.images.shape[-1])
             map_size = (maps.shape[-2], maps.shape[-1])
             xy = input_to_heatmap(batch.keypoints.to(device), input_size, map_size, model.input.alignment)

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from poserelay.backbones import Backbone
-from poserelay.backbones.hrnet import is_hrnet
+from poserelay.backbones.contrasted import contrasted_level, contrasted_map
 from poserelay.batch import CropBatch
 from poserelay.heatmaps import decode, encode, heatmap_to_input, input_to_heatmap, target_weight
 from poserelay.losses import joints_mse
@@ -64,8 +63,7 @@ class Seen(NamedTuple):
 class Student(nn.Module):
     """A pose model in training with ICON's projection head beside its heatmap head, which is never exported.
 
-    The head reads HRNet's stage 3, branch of highest resolution, or ResNet's conv4_x (readings ICON 1): the third of
-    a backbone's four maps.
+    The projection head reads `contrasted_map`.
 
     Args:
         model: the pose model.
@@ -75,7 +73,8 @@ class Student(nn.Module):
     def __init__(self, model: PoseModel, channels: int) -> None:
         super().__init__()
         self.model = model
-        self.projection = ProjectionHead(contrasted_channels(model.backbone), channels) if channels else None
+        width = model.backbone.channels[contrasted_level(model.backbone)]
+        self.projection = ProjectionHead(width, channels) if channels else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]` and embeddings `[B, m, h', w']`."""
@@ -83,25 +82,6 @@ class Student(nn.Module):
             return self.model(images).float(), None
         maps, contrasted = contrasted_map(self.model.backbone, images)
         return self.model.head(maps).float(), self.projection(contrasted).float()
-
-
-def contrasted_channels(backbone: Backbone) -> int:
-    """Channels of the map that ICON contrasts."""
-    return backbone.channels[0] if is_hrnet(backbone) else backbone.channels[2]
-
-
-def contrasted_map(backbone: Backbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The backbone's maps, and the one that ICON contrasts."""
-    if not is_hrnet(backbone):
-        maps = backbone(images)
-        return maps, maps[2]
-    kept: list[Tensor] = []
-    network: Any = backbone.network
-    handle = network.stage3.register_forward_hook(lambda _module, _inputs, branches: kept.append(branches[0]))
-    try:
-        return backbone(images), kept[0]
-    finally:
-        handle.remove()
 
 
 class SemiStep(nn.Module):

@@ -134,7 +134,7 @@ def test_heatmaps_move_as_the_joints_in_the_picture_do(alignment: str) -> None:
     moved = torch.einsum("bij,bkj->bki", torch.linalg.inv(turns), joints - centre) + centre
     visible = torch.full((20, 1), 2)
     maps = encode(input_to_heatmap(joints, SIZE, heatmap, alignment), visible, heatmap, 1.5)  # pyright: ignore
-    hard, score = decode(views.turn(maps, turns, SIZE), refine="parabola")
+    hard, _ = decode(views.turn(maps, turns, SIZE), refine="parabola")
     wanted = input_to_heatmap(moved, SIZE, heatmap, alignment)  # pyright: ignore[reportArgumentType]
     inside = ((wanted > 1) & (wanted < torch.tensor([heatmap[1] - 2.0, heatmap[0] - 2.0]))).all(-1)
     assert inside.sum() > 10

@@ -181,6 +181,7 @@ def test_all_and_hard_choose_what_a_loop_chooses(kind: dict[str, Any], pixels: i
         instances = torch.arange(8) // pixels
         valid, hard = valid[instances], hard[instances]
         valid[:, 0] = instances == 1  # without a positive
+        valid[instances == 2] = torch.arange(6) == 3  # without a negative of its own
         pool = gather_pool(embeddings, valid, instances=instances, hardness=hard)
         counts = JOINTS._replace(hard_queries=3, hard_negatives=2)
         numbers, scores = instances.tolist(), (embeddings, hard)
@@ -202,19 +203,23 @@ def test_random_draws_for_each_instance_as_many_as_the_paper_says(counts: Any, j
     pool = gather_pool(embeddings, valid, instances=instances, generator=seeded(1))
     queries = as_queries(choose(pool, "random", KINDS[0], counts))
     queried: dict[int, set[int]] = {}
-    sizes, joints_met = set(), set()
+    sizes: dict[int, int] = {}
+    joints_met: set[int] = set()
     for row, category, chosen in queries:
         assert valid[row, category]
         assert category not in chosen
         queried.setdefault(row, set()).add(category)
-        sizes.add(len(chosen))
+        sizes[row] = len(chosen)
         joints_met |= chosen
     low, high = counts.random_negatives
-    assert sizes == set(range(low, min(high, joints - 1) + 1))
+    negative_sizes = set(range(low, min(high, joints - 1) + 1))
+    assert set(sizes.values()) == negative_sizes
     assert joints_met == set(range(joints))
-    assert {len(queried[row]) for row in range(40)} == set(
-        range(counts.random_queries[0], counts.random_queries[1] + 1)
-    )
+    low, high = counts.random_queries
+    query_sizes = {len(queried[row]) for row in range(40)}
+    assert query_sizes == set(range(low, high + 1))
+    # More combinations than one number in common could give.
+    assert len({(len(queried[row]), sizes[row]) for row in range(40)}) > len(query_sizes) + len(negative_sizes) - 1
     assert all(queried[row] == set(valid[row].nonzero().flatten().tolist()) for row in queried if 40 <= row < 80)
     assert all(queried.get(row) == queried.get(row + 1) for row in range(0, 120, 2))
     assert set().union(*(queried[row] for row in range(40))) == set(range(joints))
@@ -490,7 +495,7 @@ def test_bf16_autocast_contrasts_in_float32() -> None:
 
 
 def shared_losses(rank: int, world: int) -> list[Tensor]:
-    """Losses and a weight's gradients of several settings, averaged over the processes as DDP does."""
+    """Losses and a weight's gradients of several settings, averaged over the processes as DDP does; and hardness."""
     found = []
     whole = batch(3, persons=6)
     share = slice(6 // world * rank, 6 // world * (rank + 1))
@@ -513,7 +518,12 @@ def shared_losses(rank: int, world: int) -> list[Tensor]:
         if world > 1:
             torch.distributed.all_reduce(values)
         found.append(values / world)
-    return found
+    whole["predicted"][3:] *= 5  # other scores in the second process
+    scores = torch.zeros(6, 6)
+    scores[share] = hardness(whole["predicted"][share], whole["targets"][share], whole["valid"][share], gather=True)
+    if world > 1:
+        torch.distributed.all_reduce(scores)
+    return [*found, scores]
 
 
 def rank_main(argv: list[str]) -> int:
@@ -532,7 +542,8 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
     assert [finish(process) for process in processes] == [0, 0], log.read_text()
     together = torch.load(tmp_path / "found.pt")
     alone = shared_losses(0, 1)
-    assert len(together) == len(alone) == 11
-    for two, one in zip(together, alone, strict=True):
+    assert len(together) == len(alone) == 12
+    for two, one in zip(together[:-1], alone[:-1], strict=True):
         assert one[0] > 0.1
         torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together[-1], alone[-1])
