@@ -24,20 +24,20 @@ from poserelay.checkpoint import (
     write_export,
 )
 from poserelay.command import to_plain
-from poserelay.datasets.coco import read_coco, read_detections
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
+from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
-from poserelay.errors import Interrupted, UserError
+from poserelay.errors import Interrupted
 from poserelay.heatmaps import encode, input_to_heatmap, target_weight
 from poserelay.inference import predict_dataset, protocol
-from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
+from poserelay.keypoints import Skeleton, match_joints
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.schedules import drops
-from poserelay.scoring import coco_ap, order_of_file
+from poserelay.scoring import coco_ap
 from poserelay.subsets import Chosen, choose_labelled, write_labels
 
 from .config import FinetuneConfig
@@ -91,18 +91,7 @@ def main(config: FinetuneConfig) -> None:
 
 def load_data(config: FinetuneConfig) -> Data:
     """Read and check the annotation files, and that every picture is there."""
-    annotations = read_coco(config.data.annotations)
-    skeleton = resolve_skeleton(config.model.skeleton, annotations.category)
-    lacking = [
-        joint
-        for joint, index in zip(skeleton.joints, match_joints(annotations.joints, skeleton.joints), strict=True)
-        if index is None
-    ]
-    if lacking:
-        raise UserError(
-            f"{annotations.path}: its joints lack {', '.join(lacking)} of skeleton {skeleton.name}, which would "
-            "never be learnt; name them alike, or choose another skeleton (--model.skeleton auto takes the file's)"
-        )
+    annotations, skeleton = read_labelled(config.data, config.model)
     size = (config.model.input.height, config.model.input.width)
     labels = choose_labelled(annotations, config.labels)
     training = TopDownDataset(
@@ -114,22 +103,7 @@ def load_data(config: FinetuneConfig) -> Data:
         alignment=config.model.input.alignment,
         rows=labels.rows,
     )
-    validation = None
-    if config.data.validation_annotations:
-        annotations = read_coco(config.data.validation_annotations)
-        order_of_file(skeleton, annotations.joints)  # scoring refuses joints that the skeleton does not have
-        folder = Path(config.data.validation_images or config.data.images)
-        boxes = config.data.validation_boxes
-        validation = TopDownDataset(
-            annotations,
-            folder,
-            skeleton,
-            size,
-            augmentation=None,
-            alignment=config.model.input.alignment,
-            detections=None if boxes == "gt" else read_detections(boxes, annotations),
-        )
-    return Data(skeleton, labels, training, validation)
+    return Data(skeleton, labels, training, validation_persons(config.data, config.model, skeleton))
 
 
 def train(

@@ -10,16 +10,16 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
-from poserelay.datasets.coco import CocoAnnotations, read_coco, read_detections
+from poserelay.datasets.coco import CocoAnnotations
 from poserelay.datasets.topdown import TopDownDataset
+from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.datasets.unlabelled_persons import read_images, unlabelled_persons, with_pseudo_labels
 from poserelay.distributed import on_rank_zero
 from poserelay.errors import UserError
 from poserelay.inference import predict_poses
-from poserelay.keypoints import Skeleton, match_joints, resolve_skeleton
+from poserelay.keypoints import Skeleton
 from poserelay.model import PoseModel
 from poserelay.run import write_atomic
-from poserelay.scoring import order_of_file
 from poserelay.subsets import Chosen, choose_labelled
 
 from .config import SemiConfig
@@ -39,15 +39,7 @@ class Data:
 
 def load_data(config: SemiConfig) -> Data:
     """Read and check the annotation files, and that every picture is there."""
-    annotations = read_coco(config.data.annotations)
-    skeleton = resolve_skeleton(config.model.skeleton, annotations.category)
-    rows = match_joints(annotations.joints, skeleton.joints)
-    lacking = [joint for joint, row in zip(skeleton.joints, rows, strict=True) if row is None]
-    if lacking:
-        raise UserError(
-            f"{annotations.path}: its joints lack {', '.join(lacking)} of skeleton {skeleton.name}, which would "
-            "never be learnt; name them alike, or choose another skeleton (--model.skeleton auto takes the file's)"
-        )
+    annotations, skeleton = read_labelled(config.data, config.model)
     size, alignment = (config.model.input.height, config.model.input.width), config.model.input.alignment
     chosen = choose_labelled(annotations, config.labels)
     labelled = TopDownDataset(
@@ -59,20 +51,8 @@ def load_data(config: SemiConfig) -> Data:
         alignment=alignment,
         rows=chosen.rows,
     )
-    validation = None
-    if config.data.validation_annotations:
-        truth = read_coco(config.data.validation_annotations)
-        order_of_file(skeleton, truth.joints)  # scoring refuses joints that the skeleton does not have
-        boxes = config.data.validation_boxes
-        validation = TopDownDataset(
-            truth,
-            Path(config.data.validation_images or config.data.images),
-            skeleton,
-            size,
-            alignment=alignment,
-            detections=None if boxes == "gt" else read_detections(boxes, truth),
-        )
     unlabelled = load_unlabelled(config, annotations, skeleton, chosen) if config.teacher.name != "none" else None
+    validation = validation_persons(config.data, config.model, skeleton)
     return Data(skeleton, chosen, labelled, unlabelled, validation)
 
 
@@ -115,6 +95,11 @@ def label_once(fabric: Fabric, data: Data, trained: PoseModel | None, config: Se
     on_rank_zero(fabric, predict)
     fabric.barrier()
     stored = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    if len(stored["keypoints"]) != len(unlabelled):
+        raise UserError(
+            f"{path}: holds {len(stored['keypoints'])} persons, the data now {len(unlabelled)}; put the data back, or "
+            "name a new run_dir"
+        )
     rows = matched_rows(trained.skeleton, data.skeleton)
     known = np.array([row is not None for row in rows])
     order = [row or 0 for row in rows]
