@@ -189,7 +189,10 @@ def check_kwargs(field: str, named: Named, constructor: Callable[..., Any], give
     problems = []
     for name, value in named.kwargs.items():
         if name not in parameters:
-            problems.append(f"has no {name!r}, only {', '.join(parameters) or 'none at all'}")
+            problems.append(
+                f"has no {name!r}, only {', '.join(parameters) or 'none at all'} (a config file's kwargs stay when the "
+                "command line replaces the name alone: give kwargs too)"
+            )
         elif problem := _mistyped(name, value, parameters[name].annotation):
             problems.append(problem)
     problems += [

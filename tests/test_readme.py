@@ -28,9 +28,14 @@ LESS = {
         "--threads",
         "1",
     ],
+    "semi": [
+        *("--optim.steps", "2", "--optim.batch_size", "2", "--optim.unlabelled_batch_size", "2", "--threads", "1"),
+        *("--labels.ratio", "0.5", "--workers", "0", "--icon.channels", "8"),
+    ],
     "poserelay select": ["--count", "4", "--workers", "0", "--threads", "1"],
     "poserelay prepare": ["--workers", "1"],
     "evaluation test": ["--workers", "0", "--threads", "1"],
+    "evaluation embeddings": ["--workers", "0", "--threads", "1", "--neighbours", "2", "--method", "pca"],
 }
 LAUNCHES = {
     "launch/configs/demo.yaml": [
@@ -39,6 +44,9 @@ LAUNCHES = {
         *("--pretrain.workers", "0", "--finetune.workers", "0", "--evaluate.threads", "1"),
         *("--stages.finetune.sweep", '{"labels.ratio": [0.1, 0.5], "seed, labels.seed": [[0, 0]]}'),
         *("--finetune.optim.epochs", "1", "--finetune.optim.drops", "[]", "--finetune.optim.batch_size", "2"),
+        *("--semi.optim.steps", "2", "--semi.optim.drops", "[]", "--semi.optim.batch_size", "2", "--semi.threads", "1"),
+        *("--semi.optim.unlabelled_batch_size", "2", "--semi.labels.ratio", "0.5", "--semi.workers", "0"),
+        *("--evaluate_semi.threads", "1"),
     ],
     "launch/configs/mscl_r50_imagenet.yaml": ["--dry_run"],
     "launch/configs/label_ratio_coco.yaml": ["--dry_run", "--stages.mscl.existing", "runs/demo/pretrain"],
@@ -56,7 +64,7 @@ def test_every_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in ("pretrain", "finetune", "launch"):
+    for stage in ("pretrain", "semi", "finetune", "launch"):
         (tmp_path / stage).symlink_to(ROOT / stage)
     assert len(COMMANDS) > 10
     for command in COMMANDS:
