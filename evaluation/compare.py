@@ -61,6 +61,8 @@ class Difference(NamedTuple):
 
 def main(config: CompareConfig) -> dict[str, Any]:
     """Print and return {"metrics", "protocol", "files"}. Raises UserError for a file or record that cannot be used."""
+    if config.annotations.endswith(".mat"):
+        raise UserError(f"{config.annotations}: compare reads COCO JSON; `poserelay convert` makes it of MPII's files")
     annotations = read_coco(config.annotations)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, config.annotations)
     sides = {name: [side] if isinstance(side, str) else side for name, side in (("a", config.a), ("b", config.b))}
@@ -237,7 +239,7 @@ def verdict(found: Difference) -> str:
     else:
         text = (
             "No difference shown: the 95 % interval contains 0. "
-            f"One below {(found.high - found.low) / 2:.4f} could not have been shown by this comparison."
+            f"One below {min(1.0, (found.high - found.low) / 2):.4f} could not have been shown by this comparison."
         )
     if found.seed_spread is None:
         text += "\nOne file each: the interval knows nothing of what another seed would have changed."

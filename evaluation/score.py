@@ -61,6 +61,8 @@ def score_mpii(config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:
     if config.metric != "pckh":
         raise UserError(f"{config.annotations}: MPII's .mat files are scored by --metric pckh, not {config.metric}")
     poses = read_mpii(config.annotations, config.predictions)
+    if not (poses.head_sizes > 0).any():
+        raise UserError(f"{config.annotations}: no person has a head box of a size, which PCKh is measured by")
     metrics, details = pckh(poses.predicted, poses.truth, poses.visibility, poses.head_sizes, poses.joints)
     names = {"split": Path(config.annotations).stem, "predictions": Path(config.predictions).name}
     instances = {"poses": len(poses.predicted), "instances": len(poses.truth)}

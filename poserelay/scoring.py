@@ -161,6 +161,9 @@ def oks_metrics(
     data = read_parsed(annotations)
     details = {"oks_area": oks_area(data), "poses_per_image": POSES_PER_IMAGE}
     if not has_crowd_index(data):
+        carrying = sum(_is_finite_number(image.get("crowdIndex")) for image in data["images"])
+        if carrying:
+            details["crowd_levels"] = f"not scored: crowdIndex on {carrying} of {len(data['images'])} images"
         return coco_ap(data, results, skeleton, source), details
     medium, hard = CROWD_LEVELS[crowd_levels]
     named = f"{crowd_levels} (easy < {medium} <= medium < {hard} <= hard)"
@@ -368,16 +371,17 @@ def _ground_truth(person: Mapping[str, Any], number: int, joints: int, area_of_b
     keypoints = person.get("keypoints") or [0] * (3 * joints)
     box = person["bbox"]
     box_area = AREA_OF_BOX * box[2] * box[3]
+    counted = person.get("num_keypoints")
     # num_keypoints of the file decides who is ignored, also where it contradicts the visibilities, as in CrowdPose.
     return {
         "id": number,
         "image_id": person["image_id"],
         "category_id": person["category_id"],
         "keypoints": keypoints,
-        "num_keypoints": person.get("num_keypoints", sum(v > 0 for v in keypoints[2::3])),
+        "num_keypoints": counted if _is_finite_number(counted) else sum(v > 0 for v in keypoints[2::3]),
         "bbox": box,
         "area": box_area if area_of_box else person.get("area", box_area),
-        "iscrowd": person.get("iscrowd", 0),
+        "iscrowd": int(bool(person.get("iscrowd"))),
     }
 
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from poserelay.datasets.coco import CocoAnnotations
-from poserelay.datasets.topdown import TopDownDataset
+from poserelay.datasets.sampling import worker_init
+from poserelay.datasets.topdown import CropRecord, TopDownDataset, collate
 from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.datasets.unlabelled_persons import read_images, unlabelled_persons, with_pseudo_labels
-from poserelay.distributed import on_rank_zero
-from poserelay.errors import UserError
-from poserelay.inference import predict_poses
+from poserelay.distributed import StopSignals
+from poserelay.errors import CheckFailed, Interrupted, UnreadableImage, UserError
+from poserelay.inference import predict_crops
 from poserelay.keypoints import Skeleton
 from poserelay.model import PoseModel
 from poserelay.run import write_atomic
 from poserelay.subsets import Chosen, choose_labelled
 
 from .config import SemiConfig
-from .teachers import matched_rows
+from .step import SemiStep
+from .teachers import StoredTeacher, matched_rows
 
 
 @dataclass(frozen=True)
@@ -77,33 +88,114 @@ def load_unlabelled(
     )
 
 
-def label_once(fabric: Fabric, data: Data, trained: PoseModel | None, config: SemiConfig) -> Data:
-    """The teacher's joints on the unlabelled persons, predicted once and kept in the run directory."""
-    assert trained is not None
+def label_once(
+    fabric: Fabric,
+    data: Data,
+    trained: PoseModel,
+    step: SemiStep,
+    config: SemiConfig,
+    upstream: Mapping[str, Any] | None,
+) -> Data:
+    """The teacher's joints on the unlabelled persons, predicted once and kept in the run directory.
+
+    A person whose picture cannot be read is not taught; more of them than `max_unreadable` is CheckFailed. Raises
+    UserError where the file there is of another teacher or other persons, Interrupted at a signal.
+    """
     assert data.unlabelled is not None
     unlabelled, path = data.unlabelled, Path(config.run_dir) / "pseudo_labels.safetensors"
-
-    def predict() -> None:
-        if path.exists():
-            return
-        poses = predict_poses(
-            trained.to(fabric.device), unlabelled, config.decoding, config.optim.unlabelled_batch_size, config.workers
-        )
-        tensors = {"keypoints": torch.from_numpy(poses.keypoints), "confidence": torch.from_numpy(poses.joint_scores)}
-        write_atomic(path, lambda temporary: save_file(tensors, temporary))
-
-    on_rank_zero(fabric, predict)
-    fabric.barrier()
-    stored = {name: tensor.numpy() for name, tensor in load_file(path).items()}
-    if len(stored["keypoints"]) != len(unlabelled):
-        raise UserError(
-            f"{path}: holds {len(stored['keypoints'])} persons, the data now {len(unlabelled)}; put the data back, or "
-            "name a new run_dir"
-        )
+    made_of = {"teacher_sha256": str((upstream or {}).get("teacher_sha256")), "persons": persons_sha256(unlabelled)}
+    exists = fabric.broadcast(path.exists())
+    if not exists:
+        keypoints, confidence = predict_all(fabric, trained.to(fabric.device), unlabelled, config)
+        if fabric.is_global_zero:
+            tensors = {
+                name: torch.from_numpy(np.ascontiguousarray(values))
+                for name, values in (("keypoints", keypoints), ("confidence", confidence))
+            }
+            write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=made_of))
+        fabric.barrier()
+    with safe_open(path, framework="pt") as file:
+        if file.metadata() != made_of:
+            raise UserError(
+                f"{path}: made by another teacher, or of other persons; put them back, name a new run_dir, or remove "
+                "this run to train it anew"
+            )
+        stored = {name: file.get_tensor(name).numpy() for name in ("keypoints", "confidence")}
     rows = matched_rows(trained.skeleton, data.skeleton)
-    known = np.array([row is not None for row in rows])
     order = [row or 0 for row in rows]
-    confidence = np.where(known, stored["confidence"][:, order], -np.inf)
-    gamma = float(config.teacher.kwargs.get("gamma", 0.75))
-    taught = with_pseudo_labels(unlabelled, stored["keypoints"][:, order], confidence, gamma)
+    confidence = np.where([row is not None for row in rows], stored["confidence"][:, order], np.nan)
+    gamma = step.teachers[0].gamma
+    sure = np.nan_to_num(confidence, nan=-np.inf)
+    taught = with_pseudo_labels(unlabelled, stored["keypoints"][:, order], sure, gamma)
+    taught.annotation_ids = list(range(len(taught)))
+    teacher = StoredTeacher(
+        step.models[0], torch.from_numpy(confidence).float(), gamma=gamma, sigma=config.sigma, quantize=config.quantize
+    )
+    step.teachers[:] = [teacher]
     return replace(data, unlabelled=taught)
+
+
+def predict_all(
+    fabric: Fabric, trained: PoseModel, unlabelled: TopDownDataset, config: SemiConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keypoints `[N, J, 2]`, image pixels, and confidence `[N, J]`, NaN of unreadable pictures; a share per process."""
+    count, world, joints = len(unlabelled), fabric.world_size, len(trained.skeleton.joints)
+    share = -(-count // world)
+    rows = [row % count for row in range(fabric.global_rank * share, (fabric.global_rank + 1) * share)]
+    found = torch.full((share, joints, 3), torch.nan)
+    loader = DataLoader(
+        ReadablePersons(unlabelled, rows),
+        batch_size=config.optim.unlabelled_batch_size,
+        num_workers=config.workers,
+        collate_fn=list,
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),  # a loader would otherwise draw its workers' seed from the global one
+    )
+    trained.eval()
+    with StopSignals() as signals:
+        bar = tqdm(loader, "label", unit="batch", leave=False, disable=None if fabric.is_global_zero else True)
+        for number, items in enumerate(bar):
+            crops = [item for item in items if isinstance(item, CropRecord)]
+            places = [place for place, item in enumerate(items) if isinstance(item, CropRecord)]
+            for item in items:
+                if isinstance(item, str):
+                    print(f"warning: {item}; this person is not taught", file=sys.stderr)
+            if crops:
+                xy, height = predict_crops(trained, collate(crops).to(fabric.device), config.decoding)
+                first = number * config.optim.unlabelled_batch_size
+                found[[first + place for place in places]] = torch.cat([xy, height[..., None]], -1)
+            if stop := signals.agreed(fabric):
+                raise Interrupted(f"{stop} while the teacher labels; start the same command again to label anew")
+    gathered: Tensor = fabric.all_gather(found.to(fabric.device))  # pyright: ignore[reportAssignmentType]
+    everyone = gathered.reshape(-1, joints, 3)[:count].cpu().double().numpy()
+    unreadable = int(np.isnan(everyone[:, 0, 2]).sum())
+    if unreadable > config.max_unreadable * count:
+        raise CheckFailed(
+            f"{unreadable} of the {count} unlabelled persons are on unreadable pictures (named above); repair them, or "
+            f"raise max_unreadable ({config.max_unreadable})"
+        )
+    return everyone[..., :2], everyone[..., 2]
+
+
+def persons_sha256(persons: TopDownDataset) -> str:
+    """Of the boxes and the pictures' names, in their order."""
+    digest = hashlib.sha256(np.ascontiguousarray(persons.boxes).tobytes())
+    digest.update(json.dumps([persons.annotations.file_names[row] for row in persons.image_index]).encode())
+    return digest.hexdigest()
+
+
+class ReadablePersons(Dataset[CropRecord | str]):
+    """The crops of some persons as they are, or the message of a picture that cannot be read."""
+
+    def __init__(self, persons: TopDownDataset, rows: Sequence[int]) -> None:
+        self.persons = persons
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> CropRecord | str:
+        try:
+            return self.persons.evaluation_sample(self.rows[index])
+        except UnreadableImage as error:
+            return str(error)

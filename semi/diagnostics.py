@@ -13,8 +13,8 @@ from torch import Tensor
 from poserelay.heatmaps import decode
 
 FIGURES = ("peak", "peak_q10", "peak_q50", "peak_q90", "kept", "agreement")
-"""Of the teacher's maps of unlabelled crops: mean and quantiles of their largest values, the share of joints that is
-taught, and the share of those on which student and teacher agree (`SAME_PLACE`)."""
+"""Of the teacher on unlabelled crops: mean and quantiles of its peaks' heights over the joints that it knows, the share
+of joints that is taught, and the share of those on which student and teacher agree (`SAME_PLACE`)."""
 SAME_PLACE = 0.05
 """Two peaks agree that are nearer than this share of the map's height."""
 
@@ -25,13 +25,14 @@ LEARNT = 0.2
 
 
 @torch.no_grad()
-def figures(taught: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
-    """`FIGURES` of one student: the teacher's maps of its view and the student's own, `[B, K, h, w]`; mask `[B, K]`."""
-    (teacher_xy, peaks), (student_xy, _) = decode(taught), decode(predicted)
+def figures(taught: Tensor, confidence: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
+    """`FIGURES` of one student: the teacher's maps of its view and the student's own, `[B, K, h, w]`, and the teacher's
+    confidence (NaN: not known) and mask, `[B, K]`."""
+    (teacher_xy, _), (student_xy, _) = decode(taught), decode(predicted)
     near = (teacher_xy - student_xy).norm(dim=-1) < SAME_PLACE * taught.shape[-2]
     agreement = (near * mask).sum() / mask.sum().clamp(min=1)
-    quantiles = torch.quantile(peaks.flatten(), peaks.new_tensor([0.1, 0.5, 0.9]))
-    return torch.stack([peaks.mean(), *quantiles, mask.mean(), agreement])
+    quantiles = torch.nanquantile(confidence.flatten(), confidence.new_tensor([0.1, 0.5, 0.9]))
+    return torch.stack([confidence.nanmean(), *quantiles, mask.mean(), agreement])
 
 
 @torch.no_grad()
@@ -42,31 +43,39 @@ def labelled_peak(predicted: Tensor, weight: Tensor) -> Tensor:
 
 
 class Watch:
-    """Turns the figures of a training row into warnings, each said when it begins to hold."""
+    """Turns the figures of a training row into warnings, each said when it begins to hold.
 
-    def __init__(self, gamma: float) -> None:
+    Args:
+        gamma: of the teacher.
+        changes: whether the teacher is in training itself, and so can collapse.
+    """
+
+    def __init__(self, gamma: float, *, changes: bool) -> None:
         self._gamma = gamma
+        self._changes = changes
         self._said: set[str] = set()
 
     def warnings(self, row: Mapping[str, float]) -> list[str]:
         """What `row` (of metrics.jsonl) gives reason to say, that the row before did not."""
-        holds = {
-            "flat": row["peak_q50"] < FLAT * row["labelled_peak"] and row["labelled_peak"] > LEARNT,
-            "silent": row["kept"] == 0,
-        }
-        texts = {
-            "flat": (
+        texts: dict[str, str] = {}
+        if "kept" in row and row["kept"] == 0:
+            texts["silent"] = (
+                f"no unlabelled joint passes the teacher's gamma of {self._gamma:g} (nine of ten peaks are under "
+                f"{row['peak_q90']:.3g}): these steps train on the labels alone. Lower teacher.kwargs.gamma, or train "
+                "the teacher longer"
+            )
+        if self._changes and row["labelled_peak"] > LEARNT and row["peak_q50"] < FLAT * row["labelled_peak"]:
+            texts["flat"] = (
                 f"the teacher's heatmaps of unlabelled crops have gone flat (median peak {row['peak_q50']:.3g}, of "
                 f"labelled crops {row['labelled_peak']:.3g}): teacher and student agree on maps without joints, as "
                 "consistency of a network with itself tends to. Lower lambda_u, make hard views harder than easy ones, "
                 "or use teacher dual"
-            ),
-            "silent": (
-                f"no unlabelled joint passes the teacher's gamma of {self._gamma:g} (nine of ten peaks are under "
-                f"{row['peak_q90']:.3g}): these steps train on the labels alone. Lower teacher.kwargs.gamma, or train "
-                "the teacher longer"
-            ),
-        }
-        new = [texts[name] for name in holds if holds[name] and name not in self._said]
-        self._said = {name for name in holds if holds[name]}
+            )
+        if "queries" in row and row["queries"] == 0:
+            texts["contrast"] = (
+                "ICON contrasts nothing in these steps: no joint is labelled visible (2) in two persons of a batch, "
+                "and no unlabelled one passes icon.gamma; lower icon.gamma, or raise optim.batch_size"
+            )
+        new = [text for name, text in texts.items() if name not in self._said]
+        self._said = set(texts)
         return new

@@ -155,7 +155,7 @@ class SemiStep(nn.Module):
                 answered, embedded = student(images)
                 unsupervised = joints_mse(answered, taught.heatmaps, taught.mask)
                 loss = loss + self.lambda_u * unsupervised
-                row += [unsupervised, *figures(taught.heatmaps, taught.mask, answered)]
+                row += [unsupervised, *figures(taught.heatmaps, taught.confidence, taught.mask, answered)]
                 seen.append(Seen(embedded, *self._taught_joints(taught, model), answered, taught.heatmaps))
             if self.contrast:
                 found = self._contrast(self.contrast, seen, model, generator)
@@ -193,13 +193,13 @@ class SemiStep(nn.Module):
     def _taught_joints(self, taught: Targets, model: PoseModel) -> tuple[Tensor, Tensor]:
         """Input pixels `[B, K, 2]` of the teacher's peaks on the student's view, and which ICON takes, `[B, K]`.
 
-        A peak must be above gamma before the turn and after it, which takes some joints out of the view.
+        The confidence must be above gamma; a map that the turn leaves less than half of it has lost its joint.
         """
         peaks, height = decode(taught.heatmaps, refine="parabola")
         size = (model.input.height, model.input.width)
         joints = heatmap_to_input(peaks, size, model.heatmap_size, model.input.alignment)
         gamma = self.contrast.gamma if self.contrast else 0.0
-        return joints, (taught.mask > 0) & (torch.minimum(height, taught.confidence) > gamma)
+        return joints, (taught.mask > 0) & (taught.confidence > gamma) & (height > 0.5 * taught.confidence)
 
     def _contrast(
         self, contrast: Contrast, seen: Sequence[Seen], model: PoseModel, generator: torch.Generator

@@ -30,13 +30,15 @@ class Targets(NamedTuple):
     heatmaps: Tensor
     """`[B, K, h, w]` float32, no gradient."""
     confidence: Tensor
-    """`[B, K]`, the largest value of each map."""
+    """`[B, K]`, the height of the teacher's peak; NaN where it does not know the joint."""
     mask: Tensor
     """`[B, K]` float32, 1 where the joint is taught: the weight of its map in the loss."""
 
 
 class Teacher(Protocol):
-    """Anything that answers so."""
+    """Anything that answers so; `gamma` is the confidence above which it teaches."""
+
+    gamma: float
 
     def __call__(self, crops: CropBatch) -> Targets: ...
 
@@ -80,12 +82,16 @@ class TrainedTeacher:
     def __call__(self, crops: CropBatch) -> Targets:
         images = self.model.preprocess(crops.images)
         seen = [self._seen(images, scale, turn) for scale in self.scales for turn in self.rotations]
-        heatmaps, known = by_joint(torch.stack(seen).mean(0), self.rows)
-        confidence = heatmaps.amax((-2, -1))
-        return Targets(heatmaps, confidence, ((confidence > self.gamma) & known).float())
+        # A turned view lacks the crop's corners: the mean is over the views that show a place.
+        total, shown = (torch.stack(parts).sum(0) for parts in zip(*seen, strict=True))
+        heatmaps = total / shown.clamp(min=0.5)
+        heatmaps, known = by_joint(heatmaps, self.rows)
+        confidence = torch.where(known, heatmaps.amax((-2, -1)), torch.nan)
+        return Targets(heatmaps, confidence, (confidence > self.gamma).float())
 
-    def _seen(self, images: Tensor, scale: float, turn: float) -> Tensor:
-        """Maps `[B, K, h, w]`, in the crop's own frame, of the crop enlarged `scale` times and turned by degrees."""
+    def _seen(self, images: Tensor, scale: float, turn: float) -> tuple[Tensor, Tensor]:
+        """Maps `[B, K, h, w]`, in the crop's own frame, of the crop enlarged `scale` times and turned by degrees; and
+        how much of each place the view shows, `[1, 1, h, w]`."""
         size, alignment = (images.shape[-2], images.shape[-1]), self.model.input.alignment
         moved = scale != 1 or turn != 0
         angle, factor = images.new_tensor([math.radians(turn)]), images.new_tensor([scale])
@@ -95,22 +101,29 @@ class TrainedTeacher:
             mirrored = self.model(view.flip(-1)).float()
             shift = 0.0 if alignment == "udp" else 1 - 1 / self.model.stride
             maps = average_flip(maps, mirrored, self.model.skeleton.flip_index, shift)
+        whole = torch.ones_like(maps[:1, :1])
         if not moved:
-            return maps
-        return resample(maps, turn_matrices(-angle, factor).expand(len(images), 2, 2), size, alignment)
+            return maps, whole
+        back = turn_matrices(-angle, factor)
+        shown = resample(whole, back, size, alignment)
+        return resample(maps, back.expand(len(images), 2, 2), size, alignment), shown
 
 
 class StoredTeacher:
-    """Gaussians at the joints that the crops carry: those that a trained model found once (`offline`).
+    """Gaussians at the joints that a trained model found once (`offline`), which the crops carry as labels.
 
     Args:
         model: the student, for the sizes of crop and heatmap.
+        confidence: of those joints, `[N, K]`; a crop's `annotation_ids` is its row. NaN where they are not known.
+        gamma: the confidence above which the crops carry them.
         sigma: of the Gaussians, heatmap pixels.
         quantize: round their centres to whole heatmap pixels.
     """
 
-    def __init__(self, model: PoseModel, *, sigma: float, quantize: bool) -> None:
+    def __init__(self, model: PoseModel, confidence: Tensor, *, gamma: float, sigma: float, quantize: bool) -> None:
         self.model = model
+        self.confidence = confidence
+        self.gamma = gamma
         self.sigma = sigma
         self.quantize = quantize
 
@@ -119,8 +132,12 @@ class StoredTeacher:
         size, input = self.model.heatmap_size, self.model.input
         keypoints = input_to_heatmap(crops.keypoints, (input.height, input.width), size, input.alignment)
         heatmaps = encode(keypoints, crops.visibility, size, self.sigma, quantize=self.quantize)
-        weight = target_weight(keypoints, crops.visibility, size, self.sigma)
-        return Targets(heatmaps, heatmaps.amax((-2, -1)), weight)
+        rows = torch.tensor(crops.annotation_ids, dtype=torch.int64)
+        confidence = self.confidence[rows].to(heatmaps.device, non_blocking=True)
+        mirrored = torch.linalg.det(crops.affine[..., :2]) < 0
+        flipped = confidence[:, list(self.model.skeleton.flip_index)]
+        confidence = torch.where(mirrored[:, None], flipped, confidence)
+        return Targets(heatmaps, confidence, target_weight(keypoints, crops.visibility, size, self.sigma))
 
 
 class NetworkTeacher:
@@ -168,6 +185,7 @@ class MeanTeacher(nn.Module):
             raise UserError(f"teacher.kwargs.decay is {decay}, expected at least 0 and below 1")
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
+        self.gamma = gamma
         self._answer = NetworkTeacher(self.model, gamma=gamma)
 
     def forward(self, crops: CropBatch) -> Targets:
@@ -217,9 +235,8 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = tracks
 
 
-# By name: (networks in training, the trained model or None, sigma and quantize of targets; the config's kwargs) -> a
-# teacher for each network.
-def none(models: Sequence[PoseModel], trained: PoseModel | None, sigma: float, quantize: bool) -> list[Teacher]:
+# By name: (networks in training, the trained model or None; the config's kwargs) -> a teacher for each network.
+def none(models: Sequence[PoseModel], trained: PoseModel | None) -> list[Teacher]:
     """Labels only."""
     return []
 
@@ -227,25 +244,18 @@ def none(models: Sequence[PoseModel], trained: PoseModel | None, sigma: float, q
 def pseudo(
     models: Sequence[PoseModel],
     trained: PoseModel | None,
-    sigma: float,
-    quantize: bool,
     *,
     gamma: float = 0.75,
     offline: bool = False,
 ) -> list[Teacher]:
-    """`TrainedTeacher` on each crop; `offline`: once on each person, its peaks then being the labels."""
+    """`TrainedTeacher` on each crop; `offline`: `StoredTeacher`, in whose place it stands until the labels are made."""
     assert trained is not None
-    if offline:
-        matched_rows(trained.skeleton, models[0].skeleton)
-        return [StoredTeacher(models[0], sigma=sigma, quantize=quantize)]
-    return [TrainedTeacher(trained, models[0].skeleton, gamma=gamma)]
+    return [TrainedTeacher(trained, models[0].skeleton, gamma=_finite(gamma))]
 
 
 def distill(
     models: Sequence[PoseModel],
     trained: PoseModel | None,
-    sigma: float,
-    quantize: bool,
     *,
     gamma: float = 0.75,
     scales: tuple[float, ...] = (0.9, 1.0, 1.1),
@@ -256,46 +266,46 @@ def distill(
     if not scales or not rotations or min(scales) <= 0:
         raise UserError(f"teacher.kwargs: scales {list(scales)} and rotations {list(rotations)}: give some, above 0")
     skeleton = models[0].skeleton
-    return [TrainedTeacher(trained, skeleton, gamma=gamma, scales=scales, rotations=rotations, flip=True)]
+    return [TrainedTeacher(trained, skeleton, gamma=_finite(gamma), scales=scales, rotations=rotations, flip=True)]
 
 
 def consistency(
     models: Sequence[PoseModel],
     trained: PoseModel | None,
-    sigma: float,
-    quantize: bool,
     *,
     gamma: float = 0.0,
     compat: bool = False,
 ) -> list[Teacher]:
     """PoseCons: the network's own map of the easy view teaches it on the hard one."""
-    return [NetworkTeacher(models[0], gamma=gamma, compat=compat)]
+    return [NetworkTeacher(models[0], gamma=_finite(gamma), compat=compat)]
 
 
 def dual(
     models: Sequence[PoseModel],
     trained: PoseModel | None,
-    sigma: float,
-    quantize: bool,
     *,
     gamma: float = 0.0,
     compat: bool = False,
 ) -> list[Teacher]:
     """PoseDual: each network's map of the easy view teaches the other on the hard one."""
-    return [NetworkTeacher(other, gamma=gamma, compat=compat) for other in reversed(models)]
+    return [NetworkTeacher(other, gamma=_finite(gamma), compat=compat) for other in reversed(models)]
 
 
 def mean(
     models: Sequence[PoseModel],
     trained: PoseModel | None,
-    sigma: float,
-    quantize: bool,
     *,
     decay: float = 0.999,
     gamma: float = 0.0,
 ) -> list[Teacher]:
     """`MeanTeacher`: its map of the easy view teaches the student on the hard one."""
-    return [MeanTeacher(models[0], decay=decay, gamma=gamma)]
+    return [MeanTeacher(models[0], decay=decay, gamma=_finite(gamma))]
+
+
+def _finite(gamma: float) -> float:
+    if not math.isfinite(gamma):
+        raise UserError(f"teacher.kwargs.gamma is {gamma}, expected a number")
+    return gamma
 
 
 TEACHERS: dict[str, Callable[..., list[Teacher]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -30,7 +30,6 @@ from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import Interrupted, UserError
 from poserelay.inference import predict_dataset, protocol
-from poserelay.keypoints import Skeleton
 from poserelay.model import PoseModel, build_model, check_kwargs, load_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
@@ -69,23 +68,30 @@ def main(config: SemiConfig) -> None:
         return
     upstream = upstreams(config)
     data = load_data(config)
+    if config.icon.lambda_p and not config.icon.lambda_1 and not data.skeleton.prcc_pairs:
+        raise UserError(
+            f"skeleton {data.skeleton.name!r} names no prcc_pairs and icon.lambda_1 is 0: nothing to contrast is left; "
+            "add the pairs to its file, or raise icon.lambda_1"
+        )
     trained = load_model(config.teacher_from) if config.teacher_from else None
-    if trained:
-        check_trained(trained, data.skeleton, config)
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
     networks = [build_model(config.model, data.skeleton) for _ in range(2 if config.teacher.name == "dual" else 1)]
-    for network in networks if config.init_from else []:
+    for number, network in enumerate(networks if config.init_from else []):
         report = init_from(network, str(config.init_from))
         if report.joints_initialised:
             names = ", ".join(report.joints_initialised)
             fabric.print(f"joints not in {config.init_from}, initialised: {names}", file=sys.stderr)
+        if number and report.head_copied:
+            same_start(config)
+    if trained:
+        check_trained(trained, networks[0], str(config.teacher_from))
     step = build_step(config, networks, trained)
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "semi", plain, config.resume))
     with running(run), watching_peers(fabric):
         on_rank_zero(fabric, lambda: write_labels(run_dir, data.labels))
-        if config.teacher.kwargs.get("offline"):
-            data = label_once(fabric, data, trained, config)
+        if trained and config.teacher.kwargs.get("offline"):
+            data = label_once(fabric, data, trained, step, config, upstream)
         train(fabric, step, trained, data, config, run, upstream)
 
 
@@ -93,7 +99,7 @@ def check_teacher(config: SemiConfig) -> None:
     """Raise UserError for an unknown teacher, or one with other arguments."""
     if config.teacher.name not in TEACHERS:
         raise UserError(f"teacher {config.teacher.name!r} is not known; choose from {', '.join(TEACHERS)}")
-    given = ("models", "trained", "sigma", "quantize")
+    given = ("models", "trained")
     check_kwargs("teacher", config.teacher, TEACHERS[config.teacher.name], given=given)
 
 
@@ -105,21 +111,38 @@ def upstreams(config: SemiConfig) -> dict[str, Any] | None:
     return found or None
 
 
-def check_trained(trained: PoseModel, skeleton: Skeleton, config: SemiConfig) -> None:
-    """Raise UserError where the trained model does not see the student's crops as heatmaps of the same size."""
-    lacking = [
-        j for j, row in zip(skeleton.joints, matched_rows(trained.skeleton, skeleton), strict=True) if row is None
-    ]
-    if lacking:
-        print(
-            f"warning: {config.teacher_from} lacks {', '.join(lacking)}; these joints are not taught", file=sys.stderr
-        )
-    own = (config.model.input.height, config.model.input.width, config.model.input.alignment)
-    its = (trained.input.height, trained.input.width, trained.input.alignment)
-    if own != its:
+def same_start(config: SemiConfig) -> None:
+    """Say that the two networks of PoseDual start as one; refuse where nothing would ever tell them apart."""
+    if not config.hard.cutout_joints:
         raise UserError(
-            f"teacher_from {config.teacher_from}: its input is {its[0]} x {its[1]} ({its[2]}), the config's {own[0]} x "
-            f"{own[1]} ({own[2]}); take a teacher of the same model.input"
+            f"init_from {config.init_from}: both networks of teacher dual would start from this pose model, see the "
+            "same crops (hard.cutout_joints is 0) and stay one; start from its backbone, or cut joints out"
+        )
+    print(
+        f"warning: both networks of teacher dual start from the pose model {config.init_from}; only their cutouts will "
+        "tell them apart, a backbone leaves them heads of their own",
+        file=sys.stderr,
+    )
+
+
+def check_trained(trained: PoseModel, student: PoseModel, path: str) -> None:
+    """Raise UserError where the trained model does not turn the student's crops into heatmaps of the same size."""
+    if not all(bool(value.isfinite().all()) for value in trained.state_dict().values()):
+        raise UserError(f"teacher_from {path}: its weights hold NaN or infinity; train it again")
+    rows = matched_rows(trained.skeleton, student.skeleton)
+    lacking = ", ".join(joint for joint, row in zip(student.skeleton.joints, rows, strict=True) if row is None)
+    if lacking:
+        print(f"warning: {path} lacks {lacking}; these joints are not taught", file=sys.stderr)
+
+    def sizes(model: PoseModel) -> str:
+        height, width = model.heatmap_size
+        seen = f"{model.input.height} x {model.input.width} ({model.input.alignment})"
+        return f"{seen} to heatmaps of {height} x {width}"
+
+    if sizes(trained) != sizes(student):
+        raise UserError(
+            f"teacher_from {path}: goes from {sizes(trained)}, the student from {sizes(student)}; take a teacher "
+            "of the same model.input and head"
         )
 
 
@@ -128,7 +151,7 @@ def build_step(config: SemiConfig, networks: list[PoseModel], trained: PoseModel
     icon = asdict(config.icon)
     contrast = Contrast(**icon) if config.icon.lambda_p else None
     students = [Student(network, config.icon.channels if contrast else 0) for network in networks]
-    teachers = TEACHERS[config.teacher.name](networks, trained, config.sigma, config.quantize, **config.teacher.kwargs)
+    teachers = TEACHERS[config.teacher.name](networks, trained, **config.teacher.kwargs)
     compat = bool(config.teacher.kwargs.get("compat", False))
     alignment = config.model.input.alignment
     views = HardViews(**asdict(config.hard), alignment=alignment, compat=compat)
@@ -176,7 +199,8 @@ def train(
     crops = global_batch + (optim.unlabelled_batch_size * world if data.unlabelled else 0)
     progress = Progress(loaders, state.step, total, crops, "semi", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
-    losses, watch = LossWindow(), Watch(float(config.teacher.kwargs.get("gamma", 0.0)))
+    gamma = step.teachers[0].gamma if step.teachers else 0.0
+    losses, watch = LossWindow(), Watch(gamma, changes=config.teacher.name in TRAINING)
     unreadable = UnreadableCount(config.max_unreadable, per_epoch * crops, state.unreadable)
     with StopSignals() as signals:
         for labelled, unlabelled in progress:
@@ -198,13 +222,13 @@ def train(
                 rates = {"unreadable": unreadable.check(fabric), "lr": lr, **progress.rates()}
                 if journal:
                     journal.write("train", state.step, epoch, {**row, **rates})
-                for warning in watch.warnings(row) if journal and data.unlabelled else ():
+                for warning in watch.warnings(row) if journal else ():
                     progress.show(f"warning: {warning}")
             if epoch_ends:
                 unreadable.new_epoch()
             validates = ends or (epoch_ends and (epoch + 1) % config.validate_every == 0)
             if journal and data.validation and validates:
-                state.validation = validate(step, trained, data, config)
+                state.validation = validate(step, trained, data, config, state.validation)
                 journal.write("validation", state.step, epoch, state.validation)
             if stop or saves:
                 check_weights(step, state.step, labelled.image_ids)
@@ -275,9 +299,11 @@ def networks_of(step: SemiStep) -> dict[str, PoseModel]:
     return {f"net{number + 1}": model for number, model in enumerate(models)}
 
 
-def validate(step: SemiStep, trained: PoseModel | None, data: Data, config: SemiConfig) -> dict[str, float]:
+def validate(
+    step: SemiStep, trained: PoseModel | None, data: Data, config: SemiConfig, known: Mapping[str, float]
+) -> dict[str, float]:
     """Metrics on the validation set: those of the better network by AP, and the AP of each, of their mean, and of a
-    trained teacher (of teachers in training the AP is the networks' own)."""
+    trained teacher, which the validation before may have `known` (of teachers in training it is the networks' own)."""
     assert data.validation is not None
     truth, batch = data.validation.annotations.path, config.optim.batch_size
     found = {}
@@ -289,7 +315,9 @@ def validate(step: SemiStep, trained: PoseModel | None, data: Data, config: Semi
     if len(found) > 1:
         metrics |= {f"{name} AP": values["AP"] for name, values in found.items()}
         metrics["mean AP"] = sum(values["AP"] for values in found.values()) / len(found)
-    if trained and set(trained.skeleton.joints) >= set(data.validation.annotations.joints):
+    if "teacher AP" in known:
+        metrics["teacher AP"] = known["teacher AP"]
+    elif trained and set(trained.skeleton.joints) >= set(data.validation.annotations.joints):
         results = predict_dataset(trained, data.validation, config.decoding, batch, config.workers)
         metrics["teacher AP"] = coco_ap(truth, results, data.skeleton)["AP"]
     step.train()
@@ -358,7 +386,7 @@ def announce(
             f"warning: a batch of {global_batch} repeats the {len(data.labelled)} labelled persons; lower "
             "optim.batch_size"
         )
-    if config.icon.lambda_p and config.icon.lambda_2 and not data.skeleton.prcc_pairs:
+    if config.icon.lambda_p and config.icon.lambda_1 and not data.skeleton.prcc_pairs:
         lines.append(
             f"warning: skeleton {data.skeleton.name!r} names no prcc_pairs; ICON contrasts single joints alone"
         )

@@ -149,9 +149,10 @@ class HardViews:
         turns: of `draw_turns`; input_size: (height, width) of the crops.
         """
         if self.compat:
-            theta = functional.pad(turns, (0, 1)).to(maps.dtype)
-            grid = functional.affine_grid(theta, list(maps.shape), align_corners=False)
-            return functional.grid_sample(maps, grid, align_corners=False)
+            with torch.autocast(maps.device.type, enabled=False):
+                theta = functional.pad(turns, (0, 1)).to(maps.dtype)
+                grid = functional.affine_grid(theta, list(maps.shape), align_corners=False)
+                return functional.grid_sample(maps, grid, align_corners=False)
         return resample(maps, turns, input_size, self.alignment)
 
 
@@ -169,6 +170,11 @@ def resample(
     linear: `[B, 2, 2]`, pixels of the result -> of the source, both input pixels from the crop's centre; input_size:
     (height, width) of the crop, which `alignment` relates to the maps' pixels (`heatmaps.input_to_heatmap`).
     """
+    with torch.autocast(maps.device.type, enabled=False):  # whose few digits would move the places by half a pixel
+        return _resample(maps, linear, input_size, alignment)
+
+
+def _resample(maps: Tensor, linear: Tensor, input_size: tuple[int, int], alignment: Literal["hrnet", "udp"]) -> Tensor:
     size = (maps.shape[-2], maps.shape[-1])
     height, width = size
     extent = torch.tensor([input_size[1], input_size[0]], dtype=torch.float32, device=maps.device)

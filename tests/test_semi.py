@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from evaluation.__main__ import main as evaluation
 from finetune.__main__ import main as finetune
@@ -16,7 +19,7 @@ from poserelay.model import load_model
 from poserelay.run import read_config, read_metrics
 from semi.__main__ import main as semi
 
-from .test_training import finetune_arguments, semi_arguments, write
+from .test_training import finetune_arguments, semi_arguments, stop_after, write
 
 
 def few(people: Path, run_dir: Path, *more: str) -> list[str]:
@@ -75,6 +78,19 @@ def test_a_mean_teacher_is_handed_off(people: Path, tmp_path: Path) -> None:
     assert not torch.equal(student[name], mean[name])
 
 
+def test_a_stopped_mean_teacher_goes_on_where_it_was(people: Path, tmp_path: Path) -> None:
+    def mean(run: Path) -> list[str]:
+        return few(people, run, "--teacher", "{name: mean, kwargs: {decay: 0.9}}", "--optim.steps", "5")
+
+    assert semi(mean(tmp_path / "whole")) == 0
+    with stop_after(tmp_path / "cut", 2, signal.SIGTERM):
+        assert semi(mean(tmp_path / "cut")) == 75
+    assert semi(mean(tmp_path / "cut")) == 0
+    for name in ("model", "net1", "net2"):
+        whole, cut = ((tmp_path / run / f"export/{name}.safetensors").read_bytes() for run in ("whole", "cut"))
+        assert whole == cut
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_trained_teacher_that_never_passes_gamma_is_said(
     people: Path, tmp_path: Path, teacher: Path, offline: bool, capsys: pytest.CaptureFixture[str]
@@ -93,7 +109,9 @@ def test_a_trained_teacher_that_never_passes_gamma_is_said(
     assert rows[0]["loss"] == losses[0]
 
 
-def test_offline_labels_are_predicted_once(people: Path, tmp_path: Path, teacher: Path) -> None:
+def test_offline_labels_are_predicted_once(
+    people: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     arguments = few(people, run, "--teacher_from", str(teacher))
     arguments += ["--teacher", "{name: pseudo, kwargs: {gamma: 0.0, offline: true}}"]
@@ -102,6 +120,21 @@ def test_offline_labels_are_predicted_once(people: Path, tmp_path: Path, teacher
     (run / "done.json").unlink()
     assert semi(arguments) == 0
     assert (run / "pseudo_labels.safetensors").read_bytes() == stored
+    with safe_open(run / "pseudo_labels.safetensors", framework="pt") as file:
+        heights = file.get_tensor("confidence").flatten()
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert all(heights.min() - 1e-6 <= row["peak_q10"] <= row["peak_q90"] <= heights.max() + 1e-6 for row in rows)
+    # Labels of other persons are not taken for these.
+    (run / "done.json").unlink()
+    annotations = json.loads((people / "annotations.json").read_text())
+    for person in annotations["annotations"]:
+        person["bbox"][2] += 1
+    other = tmp_path / "annotations.json"
+    other.write_text(json.dumps(annotations))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(people / "annotations.json"), str(other)))
+    assert semi([*arguments, "--data.annotations", str(other)]) == 2
+    assert "made by another teacher, or of other persons" in capsys.readouterr().err
     kept = [row["kept"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
     assert max(kept) > 0.5
 
@@ -117,6 +150,33 @@ def test_labels_and_the_rest_share_nobody(people: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "run/labels.json").exists()
 
 
+def test_an_unreadable_picture_is_left_out_of_offline_labels(
+    people: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(people, tmp_path / "people")
+    taught = ["--teacher", "{name: pseudo, kwargs: {gamma: 0.0, offline: true}}", "--teacher_from", str(teacher)]
+    steps = [*taught, "--optim.steps", "2"]
+    assert semi(few(tmp_path / "people", tmp_path / "probe", *steps)) == 0
+    labelled = {Path(name).name for name in json.loads((tmp_path / "probe/labels.json").read_text())["images"]}
+    rest = [path for path in sorted((tmp_path / "people/images").iterdir()) if path.name not in labelled]
+    for path in rest[:3]:
+        path.write_bytes(b"no picture")
+    assert semi(few(tmp_path / "people", tmp_path / "few", *steps, "--max_unreadable", "0")) == 3
+    assert "on unreadable pictures" in capsys.readouterr().err
+    assert semi(few(tmp_path / "people", tmp_path / "run", *steps, "--max_unreadable", "0.9")) == 0
+    assert "this person is not taught" in capsys.readouterr().err
+
+
+def test_two_networks_that_would_stay_one_are_refused(
+    people: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--teacher", "{name: dual}", "--init_from", str(teacher), "--optim.steps", "1"]
+    assert semi(few(people, tmp_path / "one", *both, "--hard.cutout_joints", "0")) == 2
+    assert "stay one" in capsys.readouterr().err
+    assert semi(few(people, tmp_path / "two", *both)) == 0
+    assert "only their cutouts will tell them apart" in capsys.readouterr().err
+
+
 WRONG = {
     "no one unlabelled": (["--teacher", "{name: dual}", "--labels", "{ratio: 1.0, count: null}"], "nobody is left"),
     "no one labelled": (["--labels", "{ratio: 0.001, count: null}"], "rounds to none"),
@@ -128,6 +188,7 @@ WRONG = {
     "no contrast": (["--icon", "{lambda_p: 1, lambda_1: 0, lambda_2: 0}"], "both 0"),
     "list": (["--labels", "{file: nowhere.json, count: null}"], "nowhere.json"),
     "tau": (["--icon.tau", "0"], "icon.tau is 0"),
+    "gamma": (["--teacher", "{name: dual, kwargs: {gamma: .nan}}"], "teacher.kwargs.gamma is nan"),
 }
 
 
@@ -148,7 +209,10 @@ def test_a_teacher_of_other_joints_or_size(
 ) -> None:
     taught = ["--teacher", "{name: pseudo}", "--teacher_from", str(teacher)]
     assert semi(few(people, tmp_path / "run", *taught, "--model.input.height", "96")) == 2
-    assert "its input is 64 x 64 (hrnet), the config's 96 x 64" in capsys.readouterr().err
+    assert "goes from 64 x 64 (hrnet) to heatmaps of 8 x 8, the student from 96 x 64" in capsys.readouterr().err
+    finer = ("--model.head", "{name: simple, kwargs: {deconv_channels: [8, 8, 8]}}")
+    assert semi(few(people, tmp_path / "run", *taught, *finer)) == 2
+    assert "the student from 64 x 64 (hrnet) to heatmaps of 16 x 16" in capsys.readouterr().err
     fish = tmp_path / "fish.yaml"
     fish.write_text(yaml.safe_dump({"name": "fish", "joints": ["fin", "tail"]}))
     annotations = json.loads((people / "annotations.json").read_text())

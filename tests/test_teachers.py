@@ -191,12 +191,61 @@ def test_distillation_is_the_mean_over_views_brought_back() -> None:
     assert found.mask.all()
 
 
+def test_distillation_teaches_at_the_crops_edge_too() -> None:
+    """A teacher that is right on every view is sure of joints that some views do not show."""
+    batch = crops(200, 9)
+    batch.visibility[:] = 2
+
+    class Right(nn.Module):
+        """Draws the joints where they are; it is told how each view was turned by the pictures, which hold places."""
+
+        input, stride, skeleton = CONFIG.input, 8, COCO
+
+        def preprocess(self, images: Tensor) -> Tensor:
+            return (torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy")) + 1000).expand(
+                len(images), 2, 64, 64
+            )
+
+        def forward(self, places: Tensor) -> Tensor:
+            """Joints `[B, K, 2]` of the crop on the view whose pixels hold the places of the crop that they show."""
+            shown = (places[:, 0] > 500)[..., None]
+            at = (places - 1000).permute(0, 2, 3, 1)
+            distance = (
+                (at[:, None] - batch.keypoints[:, :, None, None]).norm(dim=-1).masked_fill(~shown[..., 0][:, None], 1e3)
+            )
+            nearest = distance.flatten(2).min(-1)
+            xy = torch.stack((nearest.indices % 64, nearest.indices // 64), -1)
+            seen = torch.where(nearest.values < 1.0, 2, 0)
+            return encode(input_to_heatmap(xy, SIZE, HEATMAP), seen, HEATMAP, 1.0)
+
+    right: Any = Right()
+    views = {"scales": (0.9, 1.0, 1.1), "rotations": (-15.0, 0.0, 15.0)}
+    corner = (batch.keypoints < 6).all(-1)
+    assert corner.sum() > 5
+    teacher = TrainedTeacher(right, COCO, gamma=0.6, **views)
+    found = teacher(batch).confidence
+    images = right.preprocess(batch.images)
+    plain = torch.stack(
+        [teacher._seen(images, scale, turn)[0] for scale in views["scales"] for turn in views["rotations"]]
+    )
+    assert found[corner].mean() > 0.8 * found.mean()
+    # A mean that counts the views without the corner as zeros would not be sure of it.
+    assert plain.mean(0).amax((-2, -1))[corner].mean() < 0.5 * found[corner].mean()
+
+
 def test_a_stored_teacher_draws_the_joints_of_the_crops() -> None:
     batch = crops(4, 5)
-    found = StoredTeacher(network(0), sigma=2.0, quantize=False)(batch)
+    batch.annotation_ids = [2, 0, 1, 2]
+    batch.affine = batch.affine.clone()
+    batch.affine[3, 0, 0] = -1.0  # a mirrored crop
+    confidence = torch.rand(3, 17)
+    found = StoredTeacher(network(0), confidence, gamma=0.5, sigma=2.0, quantize=False)(batch)
     wanted, weight = truth(batch)
     assert torch.equal(found.heatmaps, wanted)
     assert torch.equal(found.mask, weight)
+    assert torch.equal(found.confidence[:3], confidence[[2, 0, 1]])
+    left, right = (COCO.joints.index(f"{side}_knee") for side in ("left", "right"))
+    assert found.confidence[3, left] == confidence[2, right]
 
 
 @pytest.mark.parametrize("compat", [False, True])
@@ -220,7 +269,7 @@ def test_dual_networks_teach_each_other_on_the_hard_view() -> None:
     labelled, unlabelled = crops(4, 7), crops(4, 8)
     copies = [copy.deepcopy(model).train() for model in (first, second)]
     views = HardViews(cutout_joints=2)
-    step = step_of([first, second], TEACHERS["dual"]([first, second], None, 2.0, False), views=views)
+    step = step_of([first, second], TEACHERS["dual"]([first, second], None), views=views)
     values = named(step, step(labelled, unlabelled, torch.Generator().manual_seed(5)))
 
     generator = torch.Generator().manual_seed(5)
@@ -241,7 +290,7 @@ def test_dual_networks_teach_each_other_on_the_hard_view() -> None:
 
 def test_the_mean_teacher_follows_and_belongs_to_what_is_saved() -> None:
     model = network(1)
-    (teacher,) = TEACHERS["mean"]([model], None, 2.0, False, decay=0.9)
+    (teacher,) = TEACHERS["mean"]([model], None, decay=0.9)
     assert isinstance(teacher, MeanTeacher)
     step = step_of([model], [teacher])
     assert any(name.startswith("teacher1.model.") for name in step.state_dict())
@@ -269,15 +318,17 @@ def test_figures_of_a_hand_made_teacher() -> None:
         places + torch.tensor([[[0.0, 0], [0, 3]], [[0, 0], [0, 0]]]), torch.full((2, 2), 2), (8, 8), 1.0
     )
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    found = dict(zip(FIGURES, figures(taught, mask, predicted).tolist(), strict=True))
-    assert found["peak"] == pytest.approx((1 + 0.5 + 0.25) / 4)
-    assert found["peak_q50"] == pytest.approx(0.375)
+    confidence = torch.tensor([[1.0, 0.5], [0.25, torch.nan]])
+    found = dict(zip(FIGURES, figures(taught, confidence, mask, predicted).tolist(), strict=True))
+    assert found["peak"] == pytest.approx((1 + 0.5 + 0.25) / 3)
+    assert found["peak_q50"] == pytest.approx(0.5)
     assert found["kept"] == 0.75
     assert found["agreement"] == pytest.approx(2 / 3)  # the second joint's peaks lie three pixels apart
 
 
 def test_a_collapse_is_named_once_and_again_when_it_comes_back() -> None:
-    watch = Watch(gamma=0.75)
+    watch = Watch(gamma=0.75, changes=True)
+    assert Watch(gamma=0.75, changes=False).warnings({"peak_q50": 0.0, "labelled_peak": 0.5, "kept": 0.3}) == []
     good = {"peak_q50": 0.4, "peak_q90": 0.8, "labelled_peak": 0.5, "kept": 0.3}
     assert watch.warnings(good) == []
     (flat,) = watch.warnings(good | {"peak_q50": 0.01})
@@ -288,3 +339,5 @@ def test_a_collapse_is_named_once_and_again_when_it_comes_back() -> None:
     (silent,) = watch.warnings(good | {"kept": 0.0})
     assert "0.75" in silent
     assert "0.8" in silent
+    (idle,) = watch.warnings(good | {"queries": 0.0})
+    assert "contrasts nothing" in idle

@@ -112,7 +112,8 @@ def _annotated(annotations: CocoAnnotations, labelled_rows: np.ndarray | None) -
     persons = annotations.persons if len(annotations.persons) else np.flatnonzero(jointless)
     if not len(persons):
         raise UserError(
-            f"{annotations.path}: no person with a box; give a detections JSON as unlabelled.boxes instead of gt"
+            f"{annotations.path}: no person with a box (they are read of the category that names keypoints); give a "
+            "detections JSON as unlabelled.boxes instead of gt"
         )
     rows = persons if labelled_rows is None else np.setdiff1d(persons, labelled_rows)
     if not len(rows):
