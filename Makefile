@@ -21,7 +21,7 @@ test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow $(SLURM:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal $(SLURM:%=--ignore=%)
 	$(BIN)/python -m pytest -m slow $(SLURM)
 
 lint: $(SETUP)

@@ -331,7 +331,14 @@ def _arguments(
             job for job in jobs[stage] if all(ours[key] == value for key, value in assignments(job.axes).items())
         )
         named.append(job)
-        return str(Path(job.folder, _handed_off(name, match[0], COMMANDS[job.command], file)))
+        found = Path(job.folder, _handed_off(name, match[0], COMMANDS[job.command], file))
+        after = match.string[match.end() :]
+        if after.startswith("/") and found.suffix:
+            raise UserError(
+                f"stage {name}: {match.string!r}: {match[0]} is the file {found.name}; "
+                f"write ${{{stage}.run_dir}}{after}"
+            )
+        return str(found)
 
     def resolved(value: Any) -> Any:
         if isinstance(value, Mapping):

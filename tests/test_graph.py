@@ -576,6 +576,12 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, *argu
             (),
             ["stage b", "exports no weights", "write ${a}"],
         ),
+        (
+            "a: {command: poserelay select, overrides: {checkpoint: c, images: p, count: 3}}\n"
+            "b: {command: poserelay prepare, overrides: {images: '${a}/labels.json'}}",
+            (),
+            ["stage b", "${a} is the file chosen.json", "write ${a.run_dir}/labels.json"],
+        ),
         (f"a: {PREPARE}", ("--a.quality",), ["--a.quality: its value is missing"]),
         (f"a: {PREPARE}", ("--a.qualty", "3"), ["stage a", "'qualty'", "'quality'"]),
         (f"a: {PREPARE}", ("--b.quality", "3"), ["no stage or option 'b'", "the stages are a"]),

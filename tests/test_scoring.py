@@ -347,7 +347,11 @@ def test_crowdpose_area_is_the_box_whatever_is_annotated(tmp_path: Path) -> None
     path.write_text(json.dumps(file))
     metrics, details = oks_metrics(path, moved, ANIMAL)
     assert metrics["AP"] == pytest.approx(0.5)
-    assert details == {"oks_area": "annotated", "poses_per_image": 20}
+    assert details == {
+        "oks_area": "annotated",
+        "poses_per_image": 20,
+        "crowd_levels": "not scored: crowdIndex on 1 of 2 images",
+    }
 
 
 def real_data(folder: str) -> Path:
