@@ -286,9 +286,10 @@ def restore_training(
     if saved is None:
         return state
     if saved["upstream"] != (dict(upstream) if upstream else None):
+        fields = "init_from or teacher_from" if "teacher_sha256" in (upstream or {}) else "init_from"
         raise UserError(
-            "init_from, or teacher_from: the file has changed since this run started from it; put it back, name a new "
-            "run_dir, or remove this run to train it anew"
+            f"{fields}: the file has changed since this run started from it; put it back, name a new run_dir, or "
+            "remove this run to train it anew"
         )
     if saved["state"]["world"] != state.world:
         raise UserError(

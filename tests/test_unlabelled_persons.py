@@ -161,7 +161,7 @@ def test_nobody_is_left(folder: Path, annotations: CocoAnnotations, tmp_path: Pa
     assert "unlabelled.keep_labelled" in str(caught.value)
     assert "boxes without a labelled joint alone: there are 1" in str(caught.value)
     alone = read_coco(write(tmp_path / "alone.json", BOXES_ALONE[1:4]))
-    with pytest.raises(UserError, match=r"alone\.json: no person with a box; give a detections JSON"):
+    with pytest.raises(UserError, match=r"alone\.json: no person with a box .* give a detections JSON"):
         load(alone)
 
 
