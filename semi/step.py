@@ -5,8 +5,8 @@ All of it is one forward call, so that several processes wrap it as one network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +18,13 @@ from poserelay.losses import joints_mse
 from poserelay.model import PoseModel
 
 from .diagnostics import FIGURES, figures, labelled_peak
-from .icon import IconLoss, ProjectionHead, icon_loss
+from .icon import IconLoss, ProjectionHead
 from .teachers import Targets, Teacher
 from .views import HardViews
 
 TERMS = ("loss", "supervised", "labelled_peak")
 UNLABELLED_TERMS = ("unlabelled", *FIGURES)
 CONTRAST_TERMS = ("skcc", "prcc", "queries", "negatives")
-
-
-class Contrast(NamedTuple):
-    """ICON's settings; `semi.config.IconConfig` says what they are."""
-
-    lambda_p: float
-    lambda_1: float
-    lambda_2: float
-    tau: float
-    channels: int
-    sampler: Literal["all", "random", "hard"]
-    contrast: Literal["inter", "intra"]
-    negatives: Literal["all", "others"]
-    gamma: float
-    pixels_per_joint: int
-    max_queries: int
-    max_negatives: int
-    normalise_pairs: bool
 
 
 class Seen(NamedTuple):
@@ -94,7 +76,9 @@ class SemiStep(nn.Module):
         students: one, or the two of PoseDual.
         teachers: one for each student; none for labels alone.
         views: makes the hard view of teachers in training; None: the student sees the crop that its teacher saw.
-        contrast: ICON, or None.
+        contrast: `icon_loss` with its settings, or None without ICON.
+        lambda_p: weight of the contrast (Eq. 5 and 7).
+        icon_gamma: confidence above which an unlabelled joint is contrasted.
         lambda_u: weight of the unlabelled loss.
         sigma: of the target Gaussians, heatmap pixels.
         quantize: round their centres to whole heatmap pixels.
@@ -106,7 +90,9 @@ class SemiStep(nn.Module):
         teachers: Sequence[Teacher],
         *,
         views: HardViews | None,
-        contrast: Contrast | None,
+        contrast: Callable[..., IconLoss] | None,
+        lambda_p: float,
+        icon_gamma: float,
         lambda_u: float,
         sigma: float,
         quantize: bool,
@@ -119,6 +105,8 @@ class SemiStep(nn.Module):
                 self.add_module(f"teacher{number + 1}", teacher)
         self.views = views
         self.contrast = contrast
+        self.lambda_p = lambda_p
+        self.icon_gamma = icon_gamma
         self.lambda_u = lambda_u
         self.sigma = sigma
         self.quantize = quantize
@@ -156,10 +144,11 @@ class SemiStep(nn.Module):
                 unsupervised = joints_mse(answered, taught.heatmaps, taught.mask)
                 loss = loss + self.lambda_u * unsupervised
                 row += [unsupervised, *figures(taught.heatmaps, taught.confidence, taught.mask, answered)]
-                seen.append(Seen(embedded, *self._taught_joints(taught, model), answered, taught.heatmaps))
+                if self.contrast:
+                    seen.append(Seen(embedded, *self._taught_joints(taught, model), answered, taught.heatmaps))
             if self.contrast:
                 found = self._contrast(self.contrast, seen, model, generator)
-                loss = loss + self.contrast.lambda_p * found.total / len(self.students)
+                loss = loss + self.lambda_p * found.total / len(self.students)
                 row += [found.skcc, found.prcc, found.queries, found.negatives]
             rows.append(torch.stack([loss, *(value.detach() for value in row)]))
         values = torch.stack(rows)
@@ -198,20 +187,22 @@ class SemiStep(nn.Module):
         peaks, height = decode(taught.heatmaps, refine="parabola")
         size = (model.input.height, model.input.width)
         joints = heatmap_to_input(peaks, size, model.heatmap_size, model.input.alignment)
-        gamma = self.contrast.gamma if self.contrast else 0.0
-        return joints, (taught.mask > 0) & (taught.confidence > gamma) & (height > 0.5 * taught.confidence)
+        sure = taught.confidence > self.icon_gamma
+        return joints, (taught.mask > 0) & sure & (height > 0.5 * taught.confidence)
 
     def _contrast(
-        self, contrast: Contrast, seen: Sequence[Seen], model: PoseModel, generator: torch.Generator
+        self,
+        contrast: Callable[..., IconLoss],
+        seen: Sequence[Seen],
+        model: PoseModel,
+        generator: torch.Generator,
     ) -> IconLoss:
         """ICON over labelled and unlabelled crops together."""
         embedded, joints, valid, predicted, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
         size = (model.input.height, model.input.width)
         places = input_to_heatmap(joints, size, (embedded.shape[-2], embedded.shape[-1]), model.input.alignment)
-        skeleton, settings = model.skeleton, contrast._asdict()
-        for name in ("lambda_p", "channels", "gamma"):
-            settings.pop(name)
-        return icon_loss(
+        skeleton = model.skeleton
+        return contrast(
             embedded,
             places,
             valid,
@@ -220,5 +211,4 @@ class SemiStep(nn.Module):
             [(first, second) for first, second in map(skeleton.indices, skeleton.prcc_pairs)],
             radius=self.sigma * embedded.shape[-2] / targets.shape[-2],
             generator=generator,
-            **settings,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ from poserelay.subsets import write_labels
 from .config import TRAINING, SemiConfig
 from .data import Data, label_once, load_data
 from .diagnostics import Watch
-from .step import Contrast, SemiStep, Student
+from .icon import icon_loss
+from .step import SemiStep, Student
 from .teachers import TEACHERS, MeanTeacher, matched_rows
 from .views import HardViews
 
@@ -149,8 +151,8 @@ def check_trained(trained: PoseModel, student: PoseModel, path: str) -> None:
 def build_step(config: SemiConfig, networks: list[PoseModel], trained: PoseModel | None) -> SemiStep:
     """The networks with their teachers and losses."""
     icon = asdict(config.icon)
-    contrast = Contrast(**icon) if config.icon.lambda_p else None
-    students = [Student(network, config.icon.channels if contrast else 0) for network in networks]
+    lambda_p, icon_gamma, channels = (icon.pop(name) for name in ("lambda_p", "gamma", "channels"))
+    students = [Student(network, channels if lambda_p else 0) for network in networks]
     teachers = TEACHERS[config.teacher.name](networks, trained, **config.teacher.kwargs)
     compat = bool(config.teacher.kwargs.get("compat", False))
     alignment = config.model.input.alignment
@@ -159,7 +161,9 @@ def build_step(config: SemiConfig, networks: list[PoseModel], trained: PoseModel
         students,
         teachers,
         views=views if config.teacher.name in TRAINING else None,
-        contrast=contrast,
+        contrast=partial(icon_loss, **icon) if lambda_p else None,
+        lambda_p=lambda_p,
+        icon_gamma=icon_gamma,
         lambda_u=config.lambda_u,
         sigma=config.sigma,
         quantize=config.quantize,

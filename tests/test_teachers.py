@@ -74,6 +74,7 @@ def truth(batch: CropBatch, sigma: float = 2.0) -> tuple[Tensor, Tensor]:
 
 def step_of(models: Sequence[PoseModel], teachers: Sequence[Any], **more: Any) -> SemiStep:
     settings: dict[str, Any] = {"views": None, "contrast": None, "lambda_u": 1.0, "sigma": 2.0, "quantize": False}
+    settings |= {"lambda_p": 0.0, "icon_gamma": 0.0}
     return SemiStep([Student(model, 0) for model in models], teachers, **settings | more).train()
 
 

@@ -206,17 +206,6 @@ def place_pictures(found: Conversion, names: Sequence[str], pictures: Pictures, 
     return ids
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises UserError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error}); it may be cut short, or not be JSON at all") from None
-
-
 def read_mat(path: Path, *names: str) -> list[Any]:
     """Variables of a MATLAB file (up to version 7), structs as objects, everything as arrays; raises UserError."""
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..datasets.coco import read_json
 from ..errors import UserError
 from ..keypoints import load_skeleton
 from . import (
@@ -22,7 +23,6 @@ from . import (
     numbers,
     person,
     place_pictures,
-    read_json,
     require_pictures,
     tidy_coco,
 )

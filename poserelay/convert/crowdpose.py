@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..datasets.coco import read_json
 from ..keypoints import load_skeleton
-from . import Conversion, read_json, tidy_coco
+from . import Conversion, tidy_coco
 
 
 def read_crowdpose(path: Path) -> Conversion:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..datasets.coco import read_json
 from ..errors import UserError
 from . import (
     LOST,
@@ -30,7 +31,6 @@ from . import (
     numbers,
     person,
     place_pictures,
-    read_json,
     read_mat,
     require_pictures,
 )

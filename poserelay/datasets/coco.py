@@ -96,7 +96,7 @@ def read_coco(path: str | os.PathLike[str]) -> CocoAnnotations:
         UserError: not JSON, not COCO, or a record that cannot be used; names the file, the record and the field.
     """
     path = Path(path)
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a COCO annotation file: a JSON {_kind(data)}, not an object")
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(data.get(key), list)]
@@ -130,7 +130,7 @@ def read_detections(
         UserError: not such a list, a record that cannot be used, or no detection left.
     """
     path = Path(path)
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, list):
         raise UserError(f"{path}: not a detection file: a JSON {_kind(data)}, expected a list of image_id, bbox, score")
     for field in ("image_id", "category_id", "bbox", "score"):
@@ -160,7 +160,7 @@ def read_image_list(path: str | os.PathLike[str]) -> list[str]:
         UserError: not JSON, or no list of images in it.
     """
     path = Path(path)
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("images"), list) or not data["images"]:
         raise UserError(f"{path}: not a COCO file: no list images, or an empty one")
     return _images(path, data["images"])[1]
@@ -192,7 +192,8 @@ def check_images_exist(names: Iterable[str], image_dir: str | os.PathLike[str]) 
         )
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises UserError where it cannot be read or is none."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)

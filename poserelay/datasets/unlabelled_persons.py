@@ -13,7 +13,7 @@ import numpy as np
 from ..config import Augmentation
 from ..errors import UserError
 from ..keypoints import Skeleton
-from .coco import CocoAnnotations, Detections, _images, _persons, _read_json, read_coco, read_detections
+from .coco import CocoAnnotations, Detections, _images, _persons, read_coco, read_detections, read_json
 from .topdown import TopDownDataset
 
 
@@ -86,7 +86,7 @@ def read_images(path: str | os.PathLike[str], skeleton: Skeleton) -> CocoAnnotat
         UserError: not JSON, no list of images in it, or a record that cannot be used.
     """
     path = Path(path)
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("images"), list) or not data["images"]:
         raise UserError(f"{path}: not a COCO file: no list images, or an empty one")
     categories = data.get("categories")
