@@ -84,8 +84,7 @@ def measure(
     boxes its own pose, with detections the nearest one that is left.
     """
     sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, annotations.joints)]
-    kept = suppress(poses, sigmas, config.decoding.nms_threshold)
-    results = to_results(poses.take(kept), annotations.category["id"])
+    results = to_results(suppress(poses, sigmas, config.decoding), annotations.category["id"])
     metrics, details = oks_metrics(annotations.path, results, skeleton, config.crowd_levels)
     # The poses of annotated boxes are in the order of annotations.persons.
     predicted = poses.keypoints if config.boxes == "gt" else match_results(annotations, results)

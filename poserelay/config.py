@@ -83,8 +83,8 @@ class ModelConfig:
 class Decoding:
     """From heatmaps to scored poses."""
 
-    refine: Literal["none", "quarter", "parabola", "paraboloid"] = "quarter"
-    """Sub-pixel rule after the argmax."""
+    refine: Literal["none", "quarter", "parabola", "paraboloid", "dark"] = "quarter"
+    """Sub-pixel rule after the argmax; dark is meant for maps with a blur."""
     blur: float = 0.0
     """Sigma of the Gaussian filter before the argmax, heatmap pixels; 0 is off."""
     flip: bool = True
@@ -93,8 +93,11 @@ class Decoding:
     """Shift of the mirrored heatmaps, heatmap pixels; null: the exact alignment (1 - 1/stride, or 0 for udp)."""
     rescore_threshold: float = 0.2
     """A pose's score is its box score times the mean of the joint scores above this."""
+    nms: Literal["hard", "soft", "fuse"] = "hard"
+    """What is done with the poses of an image that overlap: hard drops the lower-scored one; fuse replaces the kept one
+    by the OKS-weighted mean of both (CCM Eq. 23, its "Soft-NMS"); soft drops none and decays scores (HRNet, mmpose)."""
     nms_threshold: float = 0.9
-    """OKS above which the lower-scored pose of an image is dropped."""
+    """hard, fuse: OKS above which the lower-scored pose is dropped; soft: scores fall by exp(-OKS^2 / this)."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"blur": (0, 100), "rescore_threshold": (0, math.inf), "nms_threshold": (0, 1)}, "decoding.")

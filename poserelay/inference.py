@@ -137,8 +137,8 @@ def predict_dataset(
     """
     order = order_of_file(model.skeleton, dataset.annotations.joints)
     poses = predict_poses(model, dataset, decoding, batch_size, workers, progress=progress).joints(order)
-    kept = suppress(poses, [model.skeleton.sigmas[joint] for joint in order], decoding.nms_threshold)
-    return to_results(poses.take(kept), dataset.annotations.category["id"])
+    kept = suppress(poses, [model.skeleton.sigmas[joint] for joint in order], decoding)
+    return to_results(kept, dataset.annotations.category["id"])
 
 
 def predict_images(
@@ -173,16 +173,29 @@ def rescore(box_scores: np.ndarray, joint_scores: np.ndarray, threshold: float) 
     return box_scores * total / np.maximum(confident.sum(1), 1)
 
 
-def suppress(poses: Poses, sigmas: Sequence[float], threshold: float) -> np.ndarray:
-    """OKS-NMS image by image (`oks.nms`): rows of the kept poses, ascending."""
+def suppress(poses: Poses, sigmas: Sequence[float], decoding: Decoding) -> Poses:
+    """What `decoding.nms` leaves of the poses of each image, in their order: `oks.nms`, `soft_nms` or `fuse_poses`.
+
+    sigmas: `[K]`, of the poses' joints. hard and fuse keep the scores, fuse moves joints, soft lowers scores.
+    """
     by_image: defaultdict[int, list[int]] = defaultdict(list)
     for row, image_id in enumerate(poses.image_ids):
         by_image[image_id].append(row)
     keypoints, scores, areas = (torch.from_numpy(a).double() for a in (poses.keypoints, poses.scores, poses.areas))
+    moved, lowered = poses.keypoints.copy(), poses.scores.copy()
     kept: list[int] = []
     for rows in by_image.values():
-        kept += [rows[i] for i in oks.nms(keypoints[rows], scores[rows], areas[rows], sigmas, threshold).tolist()]
-    return np.array(sorted(kept), dtype=np.int64)
+        group = (keypoints[rows], scores[rows], areas[rows], sigmas, decoding.nms_threshold)
+        if decoding.nms == "soft":
+            order, decayed = oks.soft_nms(*group)
+            lowered[[rows[i] for i in order.tolist()]] = decayed.numpy()
+        elif decoding.nms == "fuse":
+            fused, order = oks.fuse_poses(*group)
+            moved[[rows[i] for i in order.tolist()]] = fused.numpy()
+        else:
+            order = oks.nms(*group)
+        kept += [rows[i] for i in order.tolist()]
+    return replace(poses, keypoints=moved, scores=lowered).take(np.array(sorted(kept), dtype=np.int64))
 
 
 def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:
@@ -213,6 +226,7 @@ def protocol(dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt") -> 
         "blur": decoding.blur,
         "rescoring": decoding.rescore_threshold,
         "nms": decoding.nms_threshold,
+        "nms_method": decoding.nms,
         "sigmas": sigma_source(skeleton),
     }
 

@@ -129,6 +129,7 @@ def test_report_holds_the_protocol_and_the_mean_pose(files: Path, capsys: pytest
         "decode": "parabola",
         "rescoring": 0.2,
         "nms": 0.9,
+        "nms_method": "hard",
         "instances": 4,
         "boxes_predicted": 4,
         "pck_reference": "head to left_foot",

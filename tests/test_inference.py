@@ -268,10 +268,10 @@ def test_suppression_keeps_the_order_and_the_best_of_each_cluster() -> None:
         image_ids=[1, 1, 1, 2, 1],
         annotation_ids=[None] * 5,
     )
-    kept = suppress(poses, SKELETON.sigmas, 0.9)
-    assert kept.tolist() == [1, 2, 3]
-    assert [record["score"] for record in to_results(poses.take(kept), 1)] == [0.2, 0.9, 0.1]
-    assert suppress(poses.take(np.array([], dtype=int)), SKELETON.sigmas, 0.9).tolist() == []
+    kept = suppress(poses, SKELETON.sigmas, Decoding())
+    assert kept.keypoints[:, 0, 0].tolist() == [500.0, 0.5, 0.0]
+    assert [record["score"] for record in to_results(kept, 1)] == [0.2, 0.9, 0.1]
+    assert suppress(poses.take(np.array([], dtype=int)), SKELETON.sigmas, Decoding()).image_ids == []
 
 
 def test_padding_matches_the_dataset() -> None:
