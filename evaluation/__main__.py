@@ -16,6 +16,7 @@ from .config import (
     ReportConfig,
     ScoreConfig,
     TestConfig,
+    TimingConfig,
     VisualizeConfig,
 )
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "test": (TestConfig, of("test")),
         "score": (ScoreConfig, of("score")),
+        "timing": (TimingConfig, of("timing")),
         "compare": (CompareConfig, of("compare")),
         "predict": (PredictConfig, of("predict")),
         "visualize": (VisualizeConfig, of("visualize")),

@@ -25,25 +25,34 @@ class ScoreConfig:
     """oks with crowdIndex: images below 0.2 are easy and from 0.8 on hard (crowdpose, as its API has it), or from 0.1
     and 0.8 (icon, as its text has it)."""
     skeleton: SkeletonFile = "auto"
-    """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints."""
+    """Packaged name or YAML file, for the sigmas and the torso; auto: from the annotation file's joints. Joints of the
+    file that it lacks are not scored; the predictions hold all joints of the file, in its order, whatever it is."""
     pck_threshold: float = 0.2
     """pck: share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    joints: Literal["all", "visible", "invisible"] = "all"
+    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; the others are as if unlabelled."""
+    labelled_joints: int | None = None
+    """Score the persons with exactly so many labelled joints alone, counted before `joints`; null: all persons."""
     json: bool = False
     """Print one JSON object {"metrics", "protocol"} instead of a table."""
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
+        _require_some_joints(self.labelled_joints)
 
 
 @dataclass(frozen=True)
 class TestConfig:
     """Run a pose model on annotated pictures and score it: OKS AP, PCK, PCKh, and the mean pose as a baseline."""
 
-    checkpoint: File
-    """Hand-off file (export/model.safetensors) of a pose model."""
+    checkpoint: list[File] | File
+    """Hand-off file (export/model.safetensors) of a pose model, or a list of them: an ensemble, whose heatmaps are
+    averaged."""
     annotations: File
-    """COCO-keypoint JSON with the truth. Persons with a `head_box` or `head_size` are measured by PCKh as well; where
-    every image carries a crowdIndex, OKS AP is CrowdPose's: areas of 0.53 of the box, and AP easy, medium and hard."""
+    """COCO-keypoint JSON with the truth. Joints that the model does not have are not scored. Persons with a `head_box`
+    or `head_size` are measured by PCKh as well; where every image carries a crowdIndex, OKS AP is CrowdPose's: areas of
+    0.53 of the box, and AP easy, medium and hard. A file of images alone is a hidden test set: nothing is scored, the
+    predictions on `boxes` are written."""
     images: File
     """Folder that the JSON's file names are relative to."""
     boxes: Boxes = "gt"
@@ -57,6 +66,10 @@ class TestConfig:
     decoding: Decoding = field(default_factory=Decoding)
     pck_threshold: float = 0.2
     """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
+    joints: Literal["all", "visible", "invisible"] = "all"
+    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; the others are as if unlabelled."""
+    labelled_joints: int | None = None
+    """Score the persons with exactly so many labelled joints alone, counted before `joints`; null: all persons."""
     crowd_levels: Literal["crowdpose", "icon"] = "crowdpose"
     """With crowdIndex: images below 0.2 are easy and from 0.8 on hard (crowdpose, as its API has it), or from 0.1 and
     0.8 (icon, as its text has it)."""
@@ -73,7 +86,57 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
+        _require_some_joints(self.labelled_joints)
         check_ranges(self, {"batch_size": (1, math.inf), "workers": (0, math.inf), "threads": (0, math.inf)})
+        paths = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+        if not paths:
+            raise ValueError("checkpoint is an empty list, expected at least one hand-off file")
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ValueError(f"checkpoint names {path} twice")
+
+
+@dataclass(frozen=True)
+class TimingConfig:
+    """Time a pose model per person: network forward, heatmaps to coordinates, evaluation (CCM, Table 9)."""
+
+    checkpoint: File
+    """Hand-off file (export/model.safetensors) of a pose model."""
+    annotations: File
+    """COCO-keypoint JSON with the truth."""
+    images: File
+    """Folder that the JSON's file names are relative to."""
+    boxes: Boxes = "gt"
+    """gt: the annotated boxes; or a COCO detections JSON."""
+    box_threshold: float = 0.0
+    """Detections below this score are left out."""
+    decodings: list[Decoding] = field(default_factory=lambda: [Decoding()])
+    """What is compared, each with one field or more of `Decoding`: '[{refine: parabola, blur: 1}, {nms: fuse}]'."""
+    count: int = 500
+    """Persons at most, those of the first images; their crops are held on the device."""
+    repeats: int = 3
+    """Timed runs of every decoding, after one that is not."""
+    out: OptionalFile = None
+    """Folder for timing.json; null writes nothing."""
+    batch_size: int = 64
+    """Crops per forward pass."""
+    workers: int = 2
+    """Data processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not self.decodings:
+            raise ValueError("decodings is empty, expected at least one")
+        for number, decoding in enumerate(self.decodings, start=1):
+            if decoding in self.decodings[: number - 1]:
+                raise ValueError(f"decodings: number {number} is also given before; keep one of them")
+        at_least = {"count": 1, "repeats": 1, "batch_size": 1, "workers": 0, "threads": 0}
+        check_ranges(self, {name: (low, math.inf) for name, low in at_least.items()})
 
 
 @dataclass(frozen=True)
@@ -227,3 +290,8 @@ class EmbeddingsConfig:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} is {value}, expected a positive number")
+
+
+def _require_some_joints(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"labelled_joints is {count}, expected a number of joints, 1 or more")

@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from poserelay.backbones.contrasted import contrasted_level
+from poserelay.backbones.penultimate import penultimate_level
 from poserelay.checkpoint import verify_handoff
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.datasets.sampling import draw_generator
@@ -227,7 +227,7 @@ def measure(vectors: Tensor, points: Points, k: int, skeleton: Skeleton) -> dict
 
 def origin(model: PoseModel, sha256: str) -> dict[str, Any]:
     """Where the embeddings of a checkpoint come from."""
-    level = contrasted_level(model.backbone)
+    level = penultimate_level(model.backbone)
     return {
         "backbone": model.config.backbone.name,
         "map_stride": model.backbone.strides[level],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,28 @@ from typing import Any
 import numpy as np
 
 from poserelay.checkpoint import verify_handoff
-from poserelay.datasets.coco import CocoAnnotations, read_coco, read_detections
+from poserelay.datasets.coco import CocoAnnotations, read_coco, read_detections, read_json
 from poserelay.datasets.topdown import TopDownDataset
+from poserelay.datasets.unlabelled_persons import read_images
 from poserelay.distributed import start
+from poserelay.ensemble import load_models
 from poserelay.errors import UserError
 from poserelay.inference import Poses, predict_poses, protocol, suppress, to_results
 from poserelay.keypoints import Skeleton, match_joints
-from poserelay.model import load_model
 from poserelay.pckh import pckh_of_persons
 from poserelay.run import write_json
-from poserelay.scoring import match_results, mean_pose, oks_metrics, order_of_file, pck_of_persons, place_pose
+from poserelay.scoring import (
+    Truth,
+    match_results,
+    mean_pose,
+    oks_metrics,
+    order_of_file,
+    parsed_truth,
+    pck_of_truth,
+    place_joints,
+    place_pose,
+    scored_truth,
+)
 
 from .config import TestConfig
 from .score import format_report, without_nan
@@ -28,15 +41,22 @@ from .score import format_report, without_nan
 def main(config: TestConfig) -> dict[str, Any]:
     """Print, write and return {"metrics", "protocol"}; the baseline's metrics are prefixed "mean pose ".
 
+    Of a file without annotations, a hidden test set, the predictions are written and nothing is scored: no metrics.
+
     Raises UserError for input that cannot be used and for a picture that cannot be read, CheckFailed for heatmaps that
     are not finite.
     """
-    verify_handoff(config.checkpoint)
-    annotations = read_coco(config.annotations)
+    paths = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
+    for path in paths:
+        verify_handoff(path)
+    hidden = is_hidden(config.annotations)
+    if hidden:
+        check_hidden(config)
+    model = load_models(paths).to(start(config.device, "fp32", config.threads).device)
+    annotations = read_hidden(config.annotations, model.skeleton) if hidden else read_coco(config.annotations)
+    truth = scored_truth(annotations, model.skeleton, config.joints, config.labelled_joints)
     detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
-    baseline = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, annotations)
-    model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
-    order = order_of_file(model.skeleton, annotations.joints)
+    baseline = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, truth.common)
     dataset = TopDownDataset(
         annotations,
         config.images,
@@ -47,9 +67,13 @@ def main(config: TestConfig) -> dict[str, Any]:
     )
 
     poses = predict_poses(model, dataset, config.decoding, config.batch_size, config.workers, progress=True).joints(
-        order
+        order_of_file(model.skeleton, truth.common.joints)
     )
-    metrics, details, results = measure(poses, annotations, model.skeleton, config)
+    results = suppressed(poses, truth, model.skeleton, config)
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {"instances": None, "truth": "hidden, nothing is scored", "poses": len(results)}
+    if not hidden:
+        metrics, details = measure(poses, results, truth, model.skeleton, config)
     if baseline is not None:
         placed = replace(
             poses,
@@ -57,44 +81,90 @@ def main(config: TestConfig) -> dict[str, Any]:
             joint_scores=np.ones(poses.joint_scores.shape),
             scores=dataset.scores,
         )
-        its_metrics, _, _ = measure(placed, annotations, model.skeleton, config)
+        left = suppressed(placed, truth, model.skeleton, config)
+        its_metrics, _ = measure(placed, left, truth, model.skeleton, config)
         metrics |= {f"mean pose {name}": value for name, value in its_metrics.items()}
     report = {
         "metrics": without_nan(metrics),
         "protocol": {
             **protocol(dataset, config.decoding, config.boxes),
             "box_threshold": None if config.boxes == "gt" else config.box_threshold,
+            **({"ensemble": len(paths)} if len(paths) > 1 else {}),
             **details,
+            **truth.protocol,
             "baseline": None if config.baseline_annotations is None else Path(config.baseline_annotations).stem,
         },
     }
     if config.out is not None:
-        write_json(Path(config.out) / "predictions.json", results)
+        written = place_joints(results, truth.columns, len(annotations.joints))
+        write_json(Path(config.out) / "predictions.json", written)
         write_json(Path(config.out) / "metrics.json", report)
+    if hidden and not config.json:
+        print(f"{config.annotations} holds no annotations: nothing is scored. {len(results)} poses are in {config.out}")
     print(json.dumps(report) if config.json else format_report(report))
     return report
 
 
-def measure(
-    poses: Poses, annotations: CocoAnnotations, skeleton: Skeleton, config: TestConfig
-) -> tuple[dict[str, float], dict[str, Any], list[dict[str, Any]]]:
-    """Metrics, their part of the protocol, and the results list of `poses`, whose joints are in the file's order.
+def suppressed(poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfig) -> list[dict[str, Any]]:
+    """The results list that OKS-NMS leaves of `poses`, in the joints that are scored, as both are."""
+    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, truth.common.joints)]
+    return to_results(suppress(poses, sigmas, config.decoding), truth.file.category["id"])
 
-    OKS AP is taken after OKS-NMS. PCK, and PCKh where persons have head sizes, measure every person: with annotated
-    boxes its own pose, with detections the nearest one that is left.
+
+def measure(
+    poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, skeleton: Skeleton, config: TestConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of `poses`, whose joints are those that are scored, and of what OKS-NMS left of them; their protocol.
+
+    OKS AP is of `results`. PCK, and PCKh where persons have head sizes, measure every person: with annotated boxes its
+    own pose, with detections the nearest one that is left.
     """
-    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, annotations.joints)]
-    results = to_results(suppress(poses, sigmas, config.decoding), annotations.category["id"])
-    metrics, details = oks_metrics(annotations.path, results, skeleton, config.crowd_levels)
-    # The poses of annotated boxes are in the order of annotations.persons.
-    predicted = poses.keypoints if config.boxes == "gt" else match_results(annotations, results)
-    found = [pck_of_persons(annotations, predicted, skeleton, config.pck_threshold)]
-    if not np.isnan(annotations.head_sizes[annotations.persons]).all():
-        found.append(pckh_of_persons(annotations, predicted))
+    metrics, details = oks_metrics(parsed_truth(truth), results, skeleton, config.crowd_levels)
+    if config.boxes == "gt":  # the poses are in the order of the file's persons
+        predicted = poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
+    else:
+        predicted = match_results(truth.common, results)[truth.rows]
+    found = [pck_of_truth(truth, predicted, skeleton, config.pck_threshold)]
+    if not np.isnan(truth.counted.head_sizes[truth.counted.persons]).all():
+        found.append(pckh_of_persons(truth.counted, predicted))
     for more, its_details in found:
         metrics, details = metrics | more, details | its_details
     details["matching"] = "the box's own pose" if config.boxes == "gt" else "nearest pose of the image"
-    return metrics, details, results
+    return metrics, {"instances": len(truth.counted.persons), **details}
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a COCO file lists images and no annotations, as a test set does whose truth is kept by others."""
+    data = read_json(Path(path))
+    return isinstance(data, dict) and isinstance(data.get("images"), list) and data.get("annotations") in (None, [])
+
+
+def check_hidden(config: TestConfig) -> None:
+    """Raises UserError unless the fields fit a file without annotations."""
+    without = f"{config.annotations}: holds no annotations, a hidden test set of which nothing can be scored"
+    if config.boxes == "gt" or config.out is None:
+        raise UserError(f"{without}: give boxes, a COCO detections JSON, and out, a folder for the predictions")
+    if config.baseline_annotations is not None or config.joints != "all" or config.labelled_joints is not None:
+        raise UserError(f"{without}: leave out baseline_annotations, joints and labelled_joints, or name another file")
+
+
+def read_hidden(path: str, skeleton: Skeleton) -> CocoAnnotations:
+    """The images of a file without annotations, in the category whose joints it describes, if it does so.
+
+    Else in category 1 with the skeleton's joints, which is what COCO's server wants of a model of its 17.
+    """
+    images = read_images(path, skeleton)
+    categories = read_json(Path(path)).get("categories") or []
+    described = [category for category in categories if isinstance(category, dict) and category.get("keypoints")]
+    if not described:
+        return images
+    joints = len(described[0]["keypoints"])
+    return replace(
+        images,
+        category={"id": 1, **described[0]},
+        keypoints=np.zeros((0, joints, 2)),
+        visibility=np.zeros((0, joints), dtype=np.int64),
+    )
 
 
 def mean_pose_of(path: str, annotations: CocoAnnotations) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from poserelay.batch import CropBatch
 from poserelay.checkpoint import (
@@ -24,7 +26,8 @@ from poserelay.checkpoint import (
     write_export,
 )
 from poserelay.command import to_plain
-from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
+from poserelay.datasets.coco import CocoAnnotations, read_coco
+from poserelay.datasets.sampling import EpochBatches, PhasedBatches, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
@@ -36,11 +39,12 @@ from poserelay.losses import joints_mse
 from poserelay.model import PoseModel, build_model
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
-from poserelay.schedules import drops
 from poserelay.scoring import coco_ap
-from poserelay.subsets import Chosen, choose_labelled, write_labels
+from poserelay.subsets import Chosen, choose_labelled, drop_labels, write_labels
 
-from .config import FinetuneConfig
+from .config import SOURCES, FinetuneConfig
+from .hard_negatives import read_hard_negatives
+from .mixture import Mixture, Phase, plan_phases
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,24 @@ class Data:
 
     skeleton: Skeleton
     labels: Chosen
-    training: TopDownDataset
+    sources: dict[str, TopDownDataset]
+    """By letter (`config.SOURCES`); C holds the labelled persons of `data`."""
     validation: TopDownDataset | None
+
+
+class Supervised(nn.Module):
+    """A pose model whose call gives every heatmap that training supervises (`PoseModel.supervised`).
+
+    Several processes wrap it as one network.
+    """
+
+    def __init__(self, model: PoseModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Turn normalised crops `[B, 3, H, W]` into maps `[B, K, h, w]`, the model's own first."""
+        return self.model.supervised(images)
 
 
 @dataclass
@@ -91,19 +111,32 @@ def main(config: FinetuneConfig) -> None:
 
 def load_data(config: FinetuneConfig) -> Data:
     """Read and check the annotation files, and that every picture is there."""
-    annotations, skeleton = read_labelled(config.data, config.model)
-    size = (config.model.input.height, config.model.input.width)
-    labels = choose_labelled(annotations, config.labels)
-    training = TopDownDataset(
-        annotations,
-        Path(config.data.images),
-        skeleton,
-        size,
-        augmentation=config.augmentation,
-        alignment=config.model.input.alignment,
-        rows=labels.rows,
-    )
-    return Data(skeleton, labels, training, validation_persons(config.data, config.model, skeleton))
+    everyone, skeleton = read_labelled(config.data, config.model)
+    annotations, labels = drop_labels(everyone, choose_labelled(everyone, config.labels), config.labels)
+
+    def persons(annotations: CocoAnnotations, images: str, **chosen: Any) -> TopDownDataset:
+        size, alignment = (config.model.input.height, config.model.input.width), config.model.input.alignment
+        return TopDownDataset(
+            annotations, images, skeleton, size, augmentation=config.augmentation, alignment=alignment, **chosen
+        )
+
+    sources = {}
+    if config.external.annotations and config.external.images:
+        sources["A"] = persons(read_coco(config.external.annotations), config.external.images)
+    sources["C"] = persons(annotations, config.data.images, rows=labels.rows)
+    if config.hard_negatives.detections:
+        # Of a choice of labels, other pictures are unlabelled: that nobody is annotated there would be a label.
+        whole = config.labels.ratio is None and config.labels.count is None and config.labels.file is None
+        nobody = read_hard_negatives(
+            config.hard_negatives.detections,
+            everyone,
+            config.hard_negatives.score_threshold,
+            None if whole else labels.images,
+        )
+        sources["H"] = persons(everyone, config.data.images, detections=nobody, negative=True)
+    if config.pseudo_labelled.annotations and config.pseudo_labelled.images:
+        sources["U"] = persons(read_coco(config.pseudo_labelled.annotations), config.pseudo_labelled.images)
+    return Data(skeleton, labels, sources, validation_persons(config.data, config.model, skeleton))
 
 
 def train(
@@ -118,41 +151,53 @@ def train(
     folder, world = Path(config.run_dir) / "resume", fabric.world_size
     model.backbone.requires_grad_(not config.freeze_backbone)
     global_batch = config.optim.batch_size * world
-    per_epoch = steps_per_epoch(len(data.training), global_batch)
-    total = config.optim.steps or per_epoch * config.optim.epochs
-    network = fabric.setup_module(sync_batch_norm(model, fabric))
+    sizes = {letter: len(source) for letter, source in data.sources.items()}
+    phases = plan_phases(config, sizes, sizes["C"], global_batch)
+    mixture, total = Mixture(list(data.sources.values()), phases), phases[-1].end
+    network = fabric.setup_module(sync_batch_norm(Supervised(model), fabric))
     set_training(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain_optimizer = torch.optim.Adam(trained, lr=config.optim.lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = restore_training(
-        load_resume(folder), model, plain_optimizer, fabric, upstream, State(world, len(data.training))
-    )
-    announce(fabric, config, data, global_batch, total, state)
+    state = restore_training(load_resume(folder), model, plain_optimizer, fabric, upstream, State(world, len(mixture)))
+    announce(fabric, config, data, phases, global_batch, state)
 
-    batches = EpochBatches(
-        len(data.training), config.optim.batch_size, total, rank=fabric.global_rank, world=world, start_step=state.step
+    batches = PhasedBatches(
+        [
+            EpochBatches(
+                sum(phase.drawn),
+                config.optim.batch_size,
+                phase.steps,
+                rank=fabric.global_rank,
+                world=world,
+                start_step=min(max(0, state.step - phase.first_step), phase.steps),
+                first_epoch=phase.first_epoch,
+            )
+            for phase in phases
+        ]
     )
     cuda = fabric.device.type == "cuda"
-    loader = training_loader(
-        data.training, collate_draws, batches, seed=config.seed, workers=config.workers, pin_memory=cuda
-    )
+    loader = training_loader(mixture, collate_draws, batches, seed=config.seed, workers=config.workers, pin_memory=cuda)
     progress = Progress(loader, state.step, total, global_batch, "finetune", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
     losses = LossWindow()
-    unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
+    unreadable = UnreadableCount(config.max_unreadable, phases[0].per_epoch * global_batch, state.unreadable)
     with StopSignals() as signals:
         for batch in progress:
-            epoch = state.step // per_epoch
+            phase = next(phase for phase in phases if state.step < phase.end)
+            if state.step == phase.first_step > 0:
+                plain_optimizer.state.clear()  # Finetune|theta is a training of its own: Adam starts anew
+            epoch = phase.epoch(state.step)
+            unreadable.epoch_images = phase.per_epoch * global_batch
             for group in plain_optimizer.param_groups:
-                reached = epoch if config.optim.steps is None else state.step
-                group["lr"] = drops(config.optim.lr, reached, config.optim.drops)
+                group["lr"] = phase.lr(state.step)
             loss = training_step(fabric, network, model, optimizer, batch, config)
             state.step += 1
             losses.add(state.step, loss, batch.image_ids)
             unreadable.add(batch.replaced)
 
-            ends, epoch_ends = state.step == total, state.step % per_epoch == 0
+            ends = state.step == total
+            epoch_ends = state.step == phase.end or phase.epoch_ends(state.step)
             saves = ends or state.step % config.save_every == 0
             due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
@@ -184,18 +229,38 @@ def train(
 def training_step(
     fabric: Fabric, network: Any, model: PoseModel, optimizer: Any, batch: CropBatch, config: FinetuneConfig
 ) -> torch.Tensor:
-    """One optimiser step on a batch; returns its loss, a scalar on the device."""
+    """One optimiser step on a batch; returns its loss (CCM Eq. 9), a scalar on the device."""
     batch = batch.to(fabric.device)
-    heatmaps = network(model.preprocess(batch.images)).float()  # [B, K, h, w]
-    size = (heatmaps.shape[-2], heatmaps.shape[-1])
-    crop = (config.model.input.height, config.model.input.width)
-    keypoints = input_to_heatmap(batch.keypoints, crop, size, config.model.input.alignment)
-    targets = encode(keypoints, batch.visibility, size, config.sigma, quantize=config.quantize)
-    loss = joints_mse(heatmaps, targets, target_weight(keypoints, batch.visibility, size, config.sigma))
+    maps = [found.float() for found in network(model.preprocess(batch.images))]  # each [B, K, h, w]
+    # The auxiliary maps' Gaussians are as wide as the others on the crop.
+    sigmas = [config.sigma * found.shape[-2] / maps[0].shape[-2] for found in maps]
+    losses = [
+        heatmap_loss(found, batch, model, sigma, config.quantize) for found, sigma in zip(maps, sigmas, strict=True)
+    ]
+    loss = losses[0] + config.auxiliary_weight * sum(losses[1:])
     optimizer.zero_grad()
     fabric.backward(loss)
     optimizer.step()
     return loss
+
+
+def heatmap_loss(heatmaps: Tensor, batch: CropBatch, model: PoseModel, sigma: float, quantize: bool) -> Tensor:
+    """HRNet's loss of predicted maps `[B, K, h, w]` (CCM Eq. 8, halved, which Adam does not see), a scalar.
+
+    Hard negatives have zero maps as their targets, with the weight of a labelled joint.
+
+    Args:
+        model: for the sizes of crop and heatmap.
+        sigma: of the target Gaussians, pixels of these maps.
+        quantize: round their centres to whole pixels.
+    """
+    size = (heatmaps.shape[-2], heatmaps.shape[-1])
+    keypoints = input_to_heatmap(batch.keypoints, (model.input.height, model.input.width), size, model.input.alignment)
+    targets = encode(keypoints, batch.visibility, size, sigma, quantize=quantize)
+    weight = target_weight(keypoints, batch.visibility, size, sigma)
+    if batch.negative is not None:
+        weight = torch.where(batch.negative[:, None], 1.0, weight)
+    return joints_mse(heatmaps, targets, weight)
 
 
 def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State, folder: Path) -> dict[str, float]:
@@ -227,8 +292,14 @@ def export(
         made = protocol(data.validation, config.decoding, config.data.validation_boxes)
         metrics["protocol"] = {**made, "export": config.export}
     plain = to_plain(config)
-    if config.labels.file:  # no path in a hand-off file
-        plain["labels"]["file"] = file_sha256(Path(config.labels.file))
+    # No path in a hand-off file.
+    named = [("labels", "file"), ("hard_negatives", "detections")]
+    named += [(source, "annotations") for source in ("external", "pseudo_labelled")]
+    for part, name in named:
+        if plain[part][name]:
+            plain[part][name] = file_sha256(Path(plain[part][name]))
+    for source in ("external", "pseudo_labelled"):
+        plain[source].pop("images")
     described = describe(
         stage="finetune",
         method=config.model.head.name if config.model.head else "",
@@ -242,17 +313,29 @@ def export(
     run.finish(metrics, upstream, torch.get_num_threads())
 
 
-def announce(fabric: Fabric, config: FinetuneConfig, data: Data, global_batch: int, total: int, state: State) -> None:
+def announce(
+    fabric: Fabric, config: FinetuneConfig, data: Data, phases: Sequence[Phase], global_batch: int, state: State
+) -> None:
     """Say on stderr what is about to run, and what about it may surprise."""
-    joints = data.training.annotations.joints
-    images = len(set(data.training.image_index.tolist()))
+    labelled = data.sources["C"]
+    joints = labelled.annotations.joints
+    images = len(set(labelled.image_index.tolist()))
     norm = global_batch if fabric.device.type == "cuda" else config.optim.batch_size
     lines = [
-        f"finetune: {len(data.training)} persons on {images} images (of {len(data.training.annotations.ids)} "
-        f"annotations), {total} steps, {fabric.device.type} {config.precision}, "
+        f"finetune: {len(labelled)} persons on {images} images (of {len(labelled.annotations.ids)} "
+        f"annotations), {phases[-1].end} steps, {fabric.device.type} {config.precision}, "
         f"{torch.get_num_threads()} threads; batch {global_batch} in all "
         f"({config.optim.batch_size} x {fabric.world_size}), batch norm over {norm}; lr {config.optim.lr:g}"
     ]
+    for letter, source in data.sources.items():
+        drawn = ", then ".join(str(phase.drawn[list(data.sources).index(letter)]) for phase in phases)
+        known = match_joints(source.annotations.joints, data.skeleton.joints)
+        missing = [joint for joint, row in zip(data.skeleton.joints, known, strict=True) if row is None]
+        unsupervised = f"; not supervised there: {', '.join(missing)}" if missing and letter in "AU" else ""
+        if len(data.sources) > 1:
+            lines.append(f"{letter} {SOURCES[letter]}: {drawn} of {len(source)} boxes in an epoch{unsupervised}")
+    for phase in phases[1:]:
+        lines.append(f"from step {phase.first_step} on {phase.letters}, lr {phase.base_lr:g}, {phase.steps} steps")
     if global_batch != config.optim.lr_batch:
         lines.append(
             f"warning: lr {config.optim.lr:g} was chosen for a batch of {config.optim.lr_batch}, this run has "
@@ -263,10 +346,9 @@ def announce(fabric: Fabric, config: FinetuneConfig, data: Data, global_batch: i
     ]
     if unused:
         lines.append(f"warning: skeleton {data.skeleton.name} has no {', '.join(unused)}; these labels are not used")
-    if len(data.training) < global_batch:
-        lines.append(
-            f"warning: a batch of {global_batch} repeats the {len(data.training)} persons; lower optim.batch_size"
-        )
+    fewest = min(sum(phase.drawn) for phase in phases)
+    if fewest < global_batch:
+        lines.append(f"warning: a batch of {global_batch} repeats the {fewest} persons; lower optim.batch_size")
     if data.skeleton.sigmas_assumed:
         lines.append(
             f"warning: the sigmas of skeleton {data.skeleton.name!r} are assumed; its AP compares only with itself"

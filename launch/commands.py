@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evaluation.config import EmbeddingsConfig, PredictConfig, ReportConfig, TestConfig, VisualizeConfig
+from evaluation.config import EmbeddingsConfig, PredictConfig, ReportConfig, TestConfig, TimingConfig, VisualizeConfig
 from finetune.config import FinetuneConfig
 from poserelay.config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, PrepareConfig, SelectConfig
 from poserelay.synthesize import SynthesizeConfig
@@ -39,6 +39,7 @@ COMMANDS = {
     "semi": Command(SemiConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "evaluation test": Command(TestConfig, "out", "", "", "metrics.json"),
+    "evaluation timing": Command(TimingConfig, "out", "", "", "timing.json"),
     "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),
     "evaluation visualize": Command(VisualizeConfig, "out", "", "", ""),
     "evaluation embeddings": Command(EmbeddingsConfig, "out", "", "", "embeddings.json"),

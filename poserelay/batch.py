@@ -30,6 +30,8 @@ class CropBatch:
     image_ids: list[int]
     annotation_ids: list[int | None]
     """None for detections."""
+    negative: Tensor | None = None
+    """`[B]` bool: nobody is there, every joint is known to be absent. None: somebody is in every crop."""
     replaced: list[str] = field(default_factory=list)
     """One message for each unreadable picture that another stands in for."""
 

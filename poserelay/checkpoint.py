@@ -241,7 +241,7 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
 def rows_by_joint(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Skeleton, target: Skeleton
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Reorder the rows of `final_layer.*` from the joints of `source` to those of `target`, by joint name.
+    """Reorder the rows of every `final_layer.*` from the joints of `source` to those of `target`, by joint name.
 
     Returns the state and the joints of `target` that `source` lacks: their rows are `own`'s, the initialisation.
     """
@@ -249,9 +249,10 @@ def rows_by_joint(
         return dict(state), ()
     indices = match_joints(source.joints, target.joints)
     result = dict(state)
-    for name in ("final_layer.weight", "final_layer.bias"):
+    for name in own:
+        last = name.endswith(("final_layer.weight", "final_layer.bias"))
         # another width is told by name when the whole head is compared
-        if name in state and state[name].shape[1:] == own[name].shape[1:]:
+        if last and name in state and state[name].shape[1:] == own[name].shape[1:]:
             rows = [own[name][row] if index is None else state[name][index] for row, index in enumerate(indices)]
             result[name] = torch.stack([row.cpu() for row in rows])
     return result, tuple(joint for joint, index in zip(target.joints, indices, strict=True) if index is None)

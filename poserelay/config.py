@@ -172,6 +172,9 @@ class LabelsConfig:
     of 1000, 5000 and 10000, what Semi_Human_Pose trains on)."""
     seed: int = 0
     """Seed of the random choice, apart from the run's own seed."""
+    drop: Literal["nothing", "invisible", "visible"] = "nothing"
+    """Annotated joints of the chosen persons to take for unlabelled (CCM section 6.5): invisible: all that are labelled
+    hidden (v = 1), its COCO-I; visible: as many of the visible ones (v = 2), drawn with `seed`, its COCO-V."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "count", "file") if getattr(self, name) is not None]
@@ -238,21 +241,27 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Turn the annotations of MPII, AI Challenger, LSP or CrowdPose, as their sites ship them, into one COCO JSON."""
+    """Turn the annotations of another dataset, as its site ships them, into one COCO JSON."""
 
-    dataset: Literal["mpii", "aic", "lsp", "crowdpose"]
+    dataset: Literal["mpii", "aic", "lsp", "crowdpose", "ochuman", "posetrack18"]
     """Whose layouts to expect; the joints get the names of the packaged skeleton of that dataset."""
     annotations: File
     """mpii: the site's .mat, or HRNet's train.json or valid.json; aic: the competition's list, or mmpose's file; lsp:
-    joints.mat, of Extended too; crowdpose: its JSON."""
+    joints.mat, of Extended too; crowdpose: its JSON; ochuman: ochuman.json, or its COCO files; posetrack18: the folder
+    of one part's videos, or mmpose's file."""
     out: File
     """JSON file to write."""
     images: OptionalFile = None
-    """Folder of the pictures, for their sizes; not needed where the annotations say them (crowdpose, mmpose's aic)."""
+    """Folder of the pictures (posetrack18: the one that holds `images`), for their sizes; not needed where the
+    annotations say them (crowdpose, ochuman, mmpose's aic and posetrack18)."""
     head_boxes: OptionalFile = None
     """gt_valid.mat of the same persons as mpii's valid.json, for PCKh; the site's .mat has head boxes itself."""
-    split: Literal["all", "train", "test"] = "all"
-    """Part of lsp: train is its first half, test its second."""
+    split: Literal["all", "train", "val", "test"] = "all"
+    """Part of lsp (train is its first half, test its second) or of ochuman.json (val is its first 2,500 pictures, test
+    the rest)."""
+    iou_range: tuple[float, float] | None = None
+    """ochuman: only persons whose MaxIoU with another is in it, the end left out unless it is 1: moderate is
+    [0.5, 0.75], hard [0.75, 1]."""
     max_unreadable: float = 0.01
     """Share of the pictures that may be missing or unreadable, and left out with their persons."""
 
@@ -260,8 +269,14 @@ class ConvertConfig:
         check_ranges(self, {"max_unreadable": (0, 1)})
         if self.head_boxes is not None and self.dataset != "mpii":
             raise ValueError(f"head_boxes: {self.dataset} has none, they are mpii's; leave it out")
-        if self.split != "all" and self.dataset != "lsp":
-            raise ValueError(f"split is {self.split}, but only lsp's file holds two parts; leave it out")
+        parts = {"lsp": ("train", "test"), "ochuman": ("val", "test")}.get(self.dataset, ())
+        if self.split not in ("all", *parts):
+            raise ValueError(
+                f"split is {self.split}, but only lsp's file holds train and test, and ochuman's val and test; leave it out"
+            )
+        ours = self.dataset == "ochuman"
+        if self.iou_range is not None and not (ours and 0 <= self.iou_range[0] < self.iou_range[1] <= 1):
+            raise ValueError(f"iou_range is {list(self.iou_range)}, expected ochuman's MaxIoU, 0 <= low < high <= 1")
 
 
 @dataclass(frozen=True)

@@ -73,23 +73,39 @@ def flip_shift(decoding: Decoding, alignment: str, stride: float) -> float:
     return 0.0 if alignment == "udp" else 1.0 - 1.0 / stride
 
 
-@torch.inference_mode()
 def predict_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor]:
     """Keypoints `[B, K, 2]` in image pixels and the heights of their peaks `[B, K]`, float32 on the CPU.
 
     The model is in eval mode, the batch on its device.
     Raises CheckFailed where a heatmap is not finite.
     """
+    maps, mirrored = forward_crops(model, batch, decoding)
+    return decode_crops(model, batch, maps, mirrored, decoding)
+
+
+@torch.inference_mode()
+def forward_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
+    """Heatmaps `[B, K, h, w]` of the crops and, with `decoding.flip`, of the mirrored crops, float32 on the device.
+
+    The mirrored crops' are as the network gives them: `decode_crops` turns them back. Otherwise as `predict_crops`.
+    """
     images = model.preprocess(batch.images)
     maps = model(images).float()
-    if decoding.flip:
-        mirrored = model(images.flip(-1)).float()
-        shift = flip_shift(decoding, model.input.alignment, images.shape[-1] / maps.shape[-1])
+    return maps, model(images.flip(-1)).float() if decoding.flip else None
+
+
+@torch.inference_mode()
+def decode_crops(
+    model: PoseModel, batch: CropBatch, maps: Tensor, mirrored: Tensor | None, decoding: Decoding
+) -> tuple[Tensor, Tensor]:
+    """What `predict_crops` returns and raises, from the heatmaps that `forward_crops` gave for the batch."""
+    input_size, heatmap_size = (batch.images.shape[-2], batch.images.shape[-1]), (maps.shape[-2], maps.shape[-1])
+    if mirrored is not None:
+        shift = flip_shift(decoding, model.input.alignment, input_size[1] / heatmap_size[1])
         maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
     if not torch.isfinite(maps).all():
         raise CheckFailed("the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training")
     xy, scores = heatmaps.decode(maps, refine=decoding.refine, blur=decoding.blur)
-    input_size, heatmap_size = (images.shape[-2], images.shape[-1]), (maps.shape[-2], maps.shape[-1])
     xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
     # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
     keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .backbones.contrasted import contrasted_level, contrasted_map
+from .backbones.penultimate import penultimate_level, with_penultimate
 from .datasets.sampling import worker_init
 from .datasets.topdown import TopDownDataset, collate
 from .embeddings import evaluating
@@ -105,12 +105,12 @@ def embed_joints(
     )
     device = next(model.parameters()).device
     wanted = torch.from_numpy(taken).split(batch_size)
-    vectors = [torch.empty(0, model.backbone.channels[contrasted_level(model.backbone)])]
+    vectors = [torch.empty(0, model.backbone.channels[penultimate_level(model.backbone)])]
     with evaluating(model), torch.inference_mode():
         bar = tqdm(loader, "embed", unit="batch", leave=False, disable=None if progress else True)
         for batch, mask in zip(bar, wanted, strict=True):
             images = model.preprocess(batch.images.to(device, non_blocking=True))
-            maps = contrasted_map(model.backbone, images)[1].float()
+            maps = with_penultimate(model.backbone, images)[1].float()
             input_size = (batch.images.shape[-2], batch.images.shape[-1])
             map_size = (maps.shape[-2], maps.shape[-1])
             xy = input_to_heatmap(batch.keypoints.to(device), input_size, map_size, model.input.alignment)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .backbones import BACKBONES, Backbone
 from .backbones.hrnet import drop_unused_fuse, is_hrnet
+from .backbones.penultimate import with_penultimate
 from .checkpoint import load_exactly, read_export
 from .config import InputConfig, ModelConfig, Named
 from .errors import UserError
-from .heads import HEADS, DeconvHead, HRNetHead
+from .heads import HEADS, CCMHead, DeconvHead, HRNetHead
 from .keypoints import Skeleton, load_skeleton
 
 Choice = TypeVar("Choice")
@@ -38,7 +39,7 @@ class PoseModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, head: DeconvHead | HRNetHead, skeleton: Skeleton, config: ModelConfig
+        self, backbone: Backbone, head: DeconvHead | HRNetHead | CCMHead, skeleton: Skeleton, config: ModelConfig
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,6 +65,17 @@ class PoseModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]`."""
         return self.head(self.backbone(images))
+
+    def supervised(self, images: Tensor) -> list[Tensor]:
+        """Every heatmap that training supervises: `forward`'s, then those of CCM's auxiliary decoder where it has one.
+
+        images: normalised crops `[B, 3, H, W]`. The auxiliary maps `[B, K, h', w']` may have another size.
+        """
+        auxiliary = self.head.auxiliary if isinstance(self.head, CCMHead) else None
+        if auxiliary is None:
+            return [self(images)]
+        maps, penultimate = with_penultimate(self.backbone, images)
+        return [self.head(maps), auxiliary([penultimate])]
 
     def predict(
         self, images: Sequence[np.ndarray | str | Path], boxes: Sequence[np.ndarray] | None = None
@@ -124,10 +136,10 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
     head_class = _choose("model.head", config.head, HEADS)
     check_kwargs("model.head", config.head, head_class, given=("in_channels", "num_joints"))
     backbone = build_backbone(config.backbone)
-    if is_hrnet(backbone) != (head_class is HRNetHead):
+    if head_class is not CCMHead and is_hrnet(backbone) != (head_class is HRNetHead):
         raise UserError(
             f"model.head {config.head.name!r} does not go with model.backbone {config.backbone.name!r}: "
-            "use hrnet with an HRNet and simple with the others"
+            "use hrnet with an HRNet, simple with the others, and ccm with either"
         )
     coarsest = max(backbone.strides)
     for side in ("height", "width"):
@@ -136,7 +148,7 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
                 f"model.input.{side} is {getattr(config.input, side)}; give a positive multiple of {coarsest}, the "
                 f"stride of {config.backbone.name}"
             )
-    if head_class is HRNetHead:
+    if is_hrnet(backbone):
         drop_unused_fuse(backbone)
     head = head_class(backbone.channels, len(skeleton.joints), **config.head.kwargs)
     return PoseModel(backbone, head, skeleton, config)

@@ -5,9 +5,8 @@ Keypoints and areas are in one frame (image pixels in evaluation); k = 2 sigma a
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,34 +40,47 @@ def oks(
 
 
 def nms(
-    keypoints: Tensor, scores: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float], threshold: float = 0.9
+    keypoints: Tensor,
+    scores: Tensor,
+    areas: Tensor,
+    sigmas: Tensor | Sequence[float],
+    threshold: float = 0.9,
+    *,
+    image_index: Tensor | None = None,
 ) -> Tensor:
-    """HRNet's OKS-NMS over the poses of one image: a pose whose OKS with a better kept one exceeds threshold goes.
+    """HRNet's OKS-NMS: a pose whose OKS with a better kept one of its image exceeds threshold goes.
 
-    keypoints `[N, K, 2]`, scores `[N]`, areas `[N]` (a pair's area is their mean), sigmas `[K]`; N may be 0. Returns
-    the indices of the kept poses, best score first (the earlier of equals), on the device of the scores. Like its
-    siblings below it computes on the CPU in float64: the choice is sequential.
+    keypoints `[N, K, 2]`, scores `[N]`, areas `[N]` (a pair's area is their mean), sigmas `[K]`; N may be 0.
+    image_index `[N]`, integers in any order, tells which image a pose is of; None: all of one. Returns the indices of
+    the kept poses, images in rising order and in each the best score first (the earlier of equals).
+
+    Like its siblings below it computes in float64 on the device of the keypoints, all images at once. A pose with a
+    NaN joint or area overlaps no other; a NaN score is the lowest.
     """
-    kept = _kept_with_filtered(_pairwise_oks(keypoints, areas, sigmas), scores, threshold)
-    return torch.tensor(list(kept), dtype=torch.long, device=scores.device)
+    order, filtered_by, _ = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
+    return order[_themselves(filtered_by)]
 
 
 def fuse_poses(
-    keypoints: Tensor, scores: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float], threshold: float = 0.9
+    keypoints: Tensor,
+    scores: Tensor,
+    areas: Tensor,
+    sigmas: Tensor | Sequence[float],
+    threshold: float = 0.9,
+    *,
+    image_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """OKS-NMS whose kept poses become the OKS-weighted mean of themselves and what they filter (CCM Eq. 23).
 
-    Arguments as in `nms`. Returns the fused keypoints `[n, K, 2]` and the indices `[n]` of the kept poses, best first.
-    CCM calls this Soft-NMS; `soft_nms` is the score decay that goes by that name elsewhere.
+    Arguments as in `nms`. Returns the fused keypoints `[n, K, 2]` and the indices `[n]` of the kept poses, as `nms`
+    orders them. CCM calls this Soft-NMS; `soft_nms` is the score decay that goes by that name elsewhere.
     """
-    overlaps = _pairwise_oks(keypoints, areas, sigmas)
-    kept = _kept_with_filtered(overlaps, scores, threshold)
-    weights = np.zeros((len(kept), len(overlaps)))
-    for row, (pose, filtered) in enumerate(kept.items()):
-        weights[row, [pose, *filtered]] = overlaps[pose, [pose, *filtered]]
-    weights /= weights.sum(-1, keepdims=True)
-    fused = np.tensordot(weights, _on_cpu(keypoints), 1)
-    return torch.from_numpy(fused).to(keypoints), torch.tensor(list(kept), dtype=torch.long, device=scores.device)
+    order, filtered_by, weights = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
+    poses, weights = keypoints.detach()[order].double(), weights[:, None, None]
+    totals = torch.zeros_like(poses).index_add_(0, filtered_by, weights * poses)
+    kept = _themselves(filtered_by)
+    fused = totals[kept] / torch.zeros_like(weights).index_add_(0, filtered_by, weights)[kept]
+    return fused.to(keypoints.dtype), order[kept]
 
 
 def soft_nms(
@@ -78,57 +90,110 @@ def soft_nms(
     sigmas: Tensor | Sequence[float],
     threshold: float = 0.9,
     max_poses: int = 20,
+    *,
+    image_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HRNet's and mmpose's soft OKS-NMS: no pose goes, the others' scores decay by exp(-OKS^2 / threshold).
 
-    Arguments as in `nms`. Returns the indices of the best `max_poses` in the order they were taken, and their decayed
-    scores (HRNet keeps only the order).
+    Arguments as in `nms`. Returns the indices of the best `max_poses` of each image, images in rising order and in each
+    the poses as they were taken, and their decayed scores (HRNet keeps only the order).
     """
-    decay = np.exp(-np.square(_pairwise_oks(keypoints, areas, sigmas)) / threshold)
-    remaining = _on_cpu(scores)
-    order: list[int] = []
-    taken: list[float] = []
-    for _ in range(min(max_poses, len(remaining))):
-        best = int(remaining.argmax())
-        order.append(best)
-        taken.append(float(remaining[best]))
-        remaining = remaining * decay[best]
-        remaining[best] = -np.inf
-    return torch.tensor(order, dtype=torch.long, device=scores.device), scores.new_tensor(taken)
+    order, image = _by_image(torch.arange(len(scores), device=scores.device), image_index)
+    taken, decayed = torch.full_like(order, -1), torch.empty_like(order, dtype=torch.float64)
+    for positions in _batches(image):
+        rows = order[positions]
+        overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
+        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).exp_()
+        remaining = _numbers(scores[rows])
+        best = remaining.new_empty((len(rows), 0), dtype=torch.long)
+        for place in positions[:, :max_poses].T:
+            best = torch.cat((best, remaining.argmax(1, keepdim=True)), 1)  # the earlier of equals
+            last = best[:, -1:]
+            decayed[place] = remaining.gather(1, last)[:, 0]
+            remaining *= decay.gather(1, last[..., None].expand(-1, 1, rows.shape[1]))[:, 0]
+            remaining.scatter_(1, best, -math.inf)
+        taken[positions[:, :max_poses]] = rows.gather(1, best)
+    chosen = taken >= 0
+    return taken[chosen], decayed[chosen].to(scores.dtype)
 
 
-def _on_cpu(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().double().numpy()
+_AT_ONCE = 2**16
+"""Pairs of poses treated at once: bounds the memory, and on a CPU keeps the work near its caches."""
 
 
-# Its own 10 microseconds are a fifth of an image's NMS.
-_pairs = functools.lru_cache(maxsize=128)(np.triu_indices)
+def _filtered_by(
+    keypoints: Tensor,
+    scores: Tensor,
+    areas: Tensor,
+    sigmas: Tensor | Sequence[float],
+    threshold: float,
+    image_index: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the poses by image and then best first `[N]`; the position there of the kept pose that filters each,
+    its own if it is kept `[N]`; and the OKS of the two `[N]`.
+    """
+    order, image = _by_image(_numbers(scores).argsort(descending=True, stable=True), image_index)
+    filtered_by, weights = torch.empty_like(order), torch.empty_like(order, dtype=torch.float64)
+    for positions in _batches(image):
+        rows = order[positions]
+        overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
+        near = (overlaps > threshold).tril(-1)  # [B, n, n]: of a pose with each better one
+        kept = torch.ones_like(rows, dtype=torch.bool)
+        # A pose's fate hangs on better ones alone: after r rounds the best r are settled, and mostly all after a few.
+        while not torch.equal(kept, settled := ~(near & kept[:, None]).any(-1)):
+            kept = settled
+        best = (near & kept[:, None]).to(torch.uint8).argmax(-1)
+        best = torch.where(kept, torch.arange(rows.shape[1], device=rows.device), best)
+        filtered_by[positions] = positions.gather(1, best)
+        weights[positions] = overlaps.gather(2, best[..., None])[..., 0]
+    return order, filtered_by, weights
 
 
-def _pairwise_oks(keypoints: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float]) -> np.ndarray:
-    """`oks` of the poses with each other, `[N, N]`. In numpy: a few poses are too small a job for torch's dispatch."""
-    count = len(keypoints)
-    first, second = _pairs(count, 1)
-    area = _on_cpu(areas)
-    scale = np.sqrt(8) * _on_cpu(torch.as_tensor(sigmas))
-    scaled = np.ascontiguousarray(_on_cpu(keypoints).swapaxes(1, 2)) / scale  # [N, 2, K]
-    squared = np.square(scaled[first] - scaled[second])  # [pairs, 2, K]
-    exponent = (squared[:, 0] + squared[:, 1]) / ((area[first] + area[second]) / -2 - np.spacing(1.0))[:, None]
-    overlaps = np.eye(count)
-    overlaps[first, second] = overlaps[second, first] = np.exp(exponent).mean(-1)
-    return overlaps
+def _themselves(filtered_by: Tensor) -> Tensor:
+    return filtered_by == torch.arange(len(filtered_by), device=filtered_by.device)
 
 
-def _kept_with_filtered(overlaps: np.ndarray, scores: Tensor, threshold: float) -> dict[int, list[int]]:
-    """Greedy selection: each kept pose, best first, with the poses it filters."""
-    near: list[list[int]] = [[] for _ in range(len(overlaps))]
-    for pose, other in np.argwhere(overlaps > threshold).tolist():
-        near[pose].append(other)
-    kept: dict[int, list[int]] = {}
-    gone: set[int] = set()
-    for pose in np.argsort(-_on_cpu(scores), kind="stable").tolist():
-        if pose not in gone:
-            gone.add(pose)
-            kept[pose] = [other for other in near[pose] if other not in gone]
-            gone.update(kept[pose])
-    return kept
+def _numbers(scores: Tensor) -> Tensor:
+    return scores.detach().double().nan_to_num(nan=torch.finfo(torch.float64).min)
+
+
+def _by_image(order: Tensor, image_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The indices sorted by image, in each image as before, and the images of these poses."""
+    if image_index is None:
+        return order, torch.zeros_like(order)
+    image, by_image = image_index[order].sort(stable=True)
+    return order[by_image], image
+
+
+def _batches(image: Tensor) -> Iterator[Tensor]:
+    """Positions `[B, n]` of the poses of B images with n poses each, of poses sorted by image."""
+    counts = torch.unique_consecutive(image, return_counts=True)[1]
+    starts = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():
+        positions = starts[counts == count, None] + torch.arange(count, device=image.device)
+        yield from positions.split(max(1, _AT_ONCE // count**2))
+
+
+def _overlaps(keypoints: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float]) -> Tensor:
+    """`oks` `[B, n, n]` of the poses `[B, n, K, 2]` of each image with each other, every pair computed once; 0 for NaN.
+
+    1 on the diagonal, also of a pose of NaN.
+    """
+    images, count, joints = keypoints.shape[:3]
+    scale = math.sqrt(8) * torch.as_tensor(sigmas).to(keypoints.device, torch.float64)  # sqrt(2) k
+    x, y = (keypoints.detach().double().permute(3, 0, 1, 2) / scale).contiguous()
+    half = areas.detach().double() / -2
+    overlaps = torch.zeros((images, count**2), dtype=torch.float64, device=keypoints.device)
+    overlaps[:, :: count + 1] = 1
+    pairs = torch.triu_indices(count, count, 1, device=keypoints.device)
+    for first, second in pairs.split(max(1, _AT_ONCE // images), 1):
+        dx = x.index_select(1, first).sub_(x.index_select(1, second))
+        dy = y.index_select(1, first).sub_(y.index_select(1, second))
+        area = half.index_select(1, first) + half.index_select(1, second) - np.spacing(1.0)
+        exponent = dx.square_().addcmul_(dy, dy).div_(area[..., None])
+        # Not below -700: there exp's results are denormal, which costs ten times all the rest.
+        similarity = exponent.clamp_(min=-700).exp_().sum(-1) / joints
+        similarity = torch.where(similarity > 1e-280, similarity, 0)  # NaN to 0 as well
+        overlaps.index_copy_(1, first * count + second, similarity)
+        overlaps.index_copy_(1, second * count + first, similarity)
+    return overlaps.view(images, count, count)

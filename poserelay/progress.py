@@ -144,7 +144,9 @@ class UnreadableCount:
 
     def __init__(self, share: float, epoch_images: int, count: int = 0) -> None:
         self.count = count
-        self._share, self._epoch_images = share, epoch_images
+        self.epoch_images = epoch_images
+        """Pictures of the current epoch, over all processes."""
+        self._share = share
         self._since_check: list[str] = []
         self._seen: set[str] = set()
 
@@ -164,9 +166,9 @@ class UnreadableCount:
         self.count += int(fabric.all_reduce(new, reduce_op="sum"))  # pyright: ignore[reportArgumentType]
         for message in self._since_check:
             print(f"warning: {message}; the next picture took its place", file=sys.stderr)
-        if self.count > self._share * self._epoch_images:
+        if self.count > self._share * self.epoch_images:
             raise CheckFailed(
-                f"{self.count} of the epoch's {self._epoch_images} pictures are unreadable (named above); "
+                f"{self.count} of the epoch's {self.epoch_images} pictures are unreadable (named above); "
                 f"repair them, or raise max_unreadable ({self._share})"
             )
         self._since_check.clear()

@@ -7,8 +7,9 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -23,6 +24,144 @@ CROWDPOSE_NAMES = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
 POSES_PER_IMAGE = 20
 CROWD_LEVELS = {"crowdpose": (0.2, 0.8), "icon": (0.1, 0.8)}
 """The crowdIndex from which an image is medium, and from which it is hard: CrowdPose's API, and ICON's text."""
+
+
+class Truth(NamedTuple):
+    """What of an annotation file is scored, of its K joints the J that a skeleton has: see `scored_truth`."""
+
+    file: CocoAnnotations
+    """All of it."""
+    common: CocoAnnotations
+    """With the J joints alone."""
+    counted: CocoAnnotations
+    """`common` with visibility 0 where a label does not count; the file itself where nothing is left out."""
+    columns: list[int]
+    """`[J]`, the joints' places in the file."""
+    protocol: dict[str, Any]
+    """What is left out, and the skeleton's joints that the file does not have; empty where there is nothing to say."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which of `common.persons` have a label that counts, `[P]` bool: `counted.persons`."""
+        return np.isin(self.common.persons, self.counted.persons)
+
+
+def scored_truth(
+    annotations: CocoAnnotations,
+    skeleton: Skeleton,
+    joints: Literal["all", "visible", "invisible"] = "all",
+    labelled_joints: int | None = None,
+) -> Truth:
+    """The joints that `annotations` and `skeleton` share by name, and of their labels those that count.
+
+    `joints`: those annotated visible (v = 2) or hidden (v = 1) alone (CCM, Table 13). `labelled_joints`: of persons
+    with exactly so many labelled joints alone (CCM, Table 14), counted as annotated: over all joints of the file, seen
+    or hidden. What does not count is as if it had never been labelled; areas and boxes stay.
+
+    Raises UserError: no joint in common, a file that does not tell visible from hidden joints, or no person left.
+    """
+    shared = [index is not None for index in match_joints(skeleton.joints, annotations.joints)]
+    columns = [column for column, has in enumerate(shared) if has]
+    unscored = [joint for joint, has in zip(annotations.joints, shared, strict=True) if not has]
+    foreign = match_joints(annotations.joints, skeleton.joints)
+    not_in_file = [joint for joint, index in zip(skeleton.joints, foreign, strict=True) if index is None]
+    if not columns:
+        raise UserError(
+            f"{annotations.path}: its joints ({', '.join(annotations.joints)}) have none in common with skeleton "
+            f"{skeleton.name} ({', '.join(skeleton.joints)}); choose another or name them alike"
+        )
+    protocol: dict[str, Any] = {}
+    if unscored or not_in_file:
+        protocol["joints_scored"] = len(columns)
+    protocol |= {name: left for name, left in (("unscored", unscored), ("not_in_file", not_in_file)) if left}
+    common = annotations
+    if unscored:
+        common = replace(
+            annotations,
+            category={**annotations.category, "keypoints": [annotations.joints[column] for column in columns]},
+            keypoints=annotations.keypoints[:, columns],
+            visibility=annotations.visibility[:, columns],
+        )
+
+    visibility, counts = common.visibility, common.visibility > 0
+    if joints != "all":
+        found = set(np.unique(visibility[common.persons])) - {0}
+        if len(found) < 2:
+            only = f"all have v = {found.pop()}" if found else "there is none"
+            raise UserError(
+                f"{annotations.path}: of its labelled joints {only}, which does not tell visible ones (v = 2) from "
+                "hidden ones (v = 1); score it with joints all"
+            )
+        counts = visibility == (2 if joints == "visible" else 1)
+        protocol["joints"] = joints
+    if labelled_joints is not None:
+        counts = counts & ((annotations.visibility > 0).sum(1) == labelled_joints)[:, None]
+        protocol["labelled_joints"] = labelled_joints
+    if common is annotations and joints == "all" and labelled_joints is None:
+        return Truth(annotations, annotations, annotations, columns, protocol)
+    counted = replace(
+        common, keypoints=np.where(counts[..., None], common.keypoints, 0.0), visibility=np.where(counts, visibility, 0)
+    )
+    if len(annotations.persons) and not len(counted.persons):
+        kind = "labelled joint" if joints == "all" else f"{joints} joint"
+        among = "" if labelled_joints is None else f" among those with {labelled_joints} labelled joints"
+        raise UserError(
+            f"{annotations.path}: none of its {len(annotations.persons)} persons has a {kind} to score{among}; "
+            "take another file, or other joints and labelled_joints"
+        )
+    return Truth(annotations, common, counted, columns, protocol)
+
+
+def parsed_truth(truth: Truth) -> Mapping[str, Any]:
+    """The file's JSON with the joints and the labels that count alone, for `oks_metrics`; as it is where all do.
+
+    `num_keypoints` is counted anew, and stays 0 where the file has 0. A person without any label left is ignored as
+    pycocotools ignores COCO's unlabelled persons: it is not missed, and one pose that fits into its box enlarged
+    threefold, and no counted person, is no false positive.
+    """
+    data = read_parsed(truth.file.path)
+    if truth.counted is truth.file:
+        return data
+    category = {**truth.counted.category, "skeleton": []}
+    triples = np.concatenate([truth.counted.keypoints, truth.counted.visibility[..., None]], axis=-1)
+    labelled = (truth.counted.visibility > 0).sum(1)
+    records = [record for record in data["annotations"] if record["category_id"] == category["id"]]
+    persons = [
+        {**record, "keypoints": keypoints, "num_keypoints": 0 if record.get("num_keypoints") == 0 else count}
+        for record, keypoints, count in zip(
+            records, triples.reshape(len(triples), 3 * triples.shape[1]).tolist(), labelled.tolist(), strict=True
+        )
+    ]
+    return {**data, "categories": [category], "annotations": persons}
+
+
+def pck_of_truth(
+    truth: Truth, predicted: np.ndarray, skeleton: Skeleton, threshold: float = 0.2
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """`pck_of_persons` of the labels that count: `predicted` `[P, J, 2]` is of `truth.counted.persons`.
+
+    The reference length is of the person, so that labels which do not count take part in it.
+    """
+    lengths, name = pck_reference(truth.common, skeleton)
+    return pck_of_persons(truth.counted, predicted, skeleton, threshold, (lengths[truth.rows], name))
+
+
+def take_joints(results: Sequence[Mapping[str, Any]], columns: Sequence[int]) -> list[dict[str, Any]]:
+    """Results, which are valid, with the joints `columns` alone, in that order."""
+    places = [3 * column + part for column in columns for part in range(3)]
+    return [{**record, "keypoints": [record["keypoints"][place] for place in places]} for record in results]
+
+
+def place_joints(results: Sequence[Mapping[str, Any]], columns: Sequence[int], joints: int) -> list[dict[str, Any]]:
+    """The inverse of `take_joints`: results of `joints` joints, 0, 0, 0 for those that are not in `columns`."""
+    places = [3 * column + part for column in columns for part in range(3)]
+    placed = []
+    for record in results:
+        keypoints = [0.0] * (3 * joints)
+        for place, number in zip(places, record["keypoints"], strict=True):
+            keypoints[place] = number
+        placed.append({**record, "keypoints": keypoints})
+    return placed
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -148,7 +287,7 @@ def has_crowd_index(data: Mapping[str, Any]) -> bool:
 
 
 def oks_metrics(
-    annotations: str | Path,
+    annotations: str | Path | Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     skeleton: Skeleton,
     crowd_levels: str = "crowdpose",
@@ -314,17 +453,22 @@ def match_results(annotations: CocoAnnotations, results: Sequence[Mapping[str, A
 
 
 def pck_of_persons(
-    annotations: CocoAnnotations, predicted: np.ndarray, skeleton: Skeleton, threshold: float = 0.2
+    annotations: CocoAnnotations,
+    predicted: np.ndarray,
+    skeleton: Skeleton,
+    threshold: float = 0.2,
+    reference: tuple[np.ndarray, str] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """PCK of `predicted` `[P, K, 2]` for `annotations.persons`, joints in the file's order, with its protocol.
 
     The reference length is the distance of the skeleton's torso joints, persons without both left out; the longer side
-    of the box for skeletons without a torso. Metrics: PCK and PCK/<joint>, fractions (NaN where nothing is labelled).
+    of the box for skeletons without a torso; or it is given, as `pck_reference` has it, where labels are left out that
+    it is measured by. Metrics: PCK and PCK/<joint>, fractions (NaN where nothing is labelled).
     """
     persons = annotations.persons
     truth, visibility = annotations.keypoints[persons], annotations.visibility[persons]
-    reference, name = pck_reference(annotations, skeleton)
-    found = pck(predicted, truth, visibility, reference, threshold)
+    lengths, name = reference or pck_reference(annotations, skeleton)
+    found = pck(predicted, truth, visibility, lengths, threshold)
     per_joint = zip(annotations.joints, found["per_joint"].tolist(), strict=True)
     metrics = {"PCK": found["PCK"], **{f"PCK/{joint}": value for joint, value in per_joint}}
     return metrics, {"pck_threshold": threshold, "pck_reference": name, "pck_instances": found["persons"]}

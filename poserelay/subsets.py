@@ -178,6 +178,38 @@ def choose_labelled(annotations: CocoAnnotations, labels: LabelsConfig) -> Chose
     return Chosen(rows, _image_ids(annotations, rows), subset)
 
 
+def drop_labels(annotations: CocoAnnotations, chosen: Chosen, labels: LabelsConfig) -> tuple[CocoAnnotations, Chosen]:
+    """`annotations` without the joints of the chosen persons that `labels.drop` names, which become unlabelled.
+
+    Persons that are left without a labelled joint are chosen no more; the list of the choice stays as it was.
+
+    Raises:
+        UserError: there is no such joint, fewer visible than hidden ones, or nothing is left.
+    """
+    if labels.drop == "nothing":
+        return annotations, chosen
+    visibility = annotations.visibility.copy()
+    hidden, visible = (np.argwhere(visibility[chosen.rows] == value) for value in (1, 2))
+    if not len(hidden):
+        raise UserError(f"{annotations.path}: labels.drop: no joint of the chosen persons is labelled hidden (v = 1)")
+    if labels.drop == "visible":
+        if len(visible) < len(hidden):
+            raise UserError(
+                f"{annotations.path}: labels.drop is visible, but of the chosen persons' joints {len(visible)} are "
+                f"visible (v = 2) and {len(hidden)} hidden (v = 1): as many cannot be taken"
+            )
+        places = visible[np.random.default_rng(labels.seed).permutation(len(visible))[: len(hidden)]]
+    else:
+        places = hidden
+    visibility[chosen.rows[places[:, 0]], places[:, 1]] = 0
+    rows = chosen.rows[(visibility[chosen.rows] > 0).any(axis=1)]
+    if not len(rows):
+        raise UserError(f"{annotations.path}: labels.drop leaves no labelled joint")
+    keypoints = np.where(visibility[..., None] > 0, annotations.keypoints, 0.0)
+    dropped = dataclasses.replace(annotations, visibility=visibility, keypoints=keypoints)
+    return dropped, dataclasses.replace(chosen, rows=rows, images=_image_ids(annotations, rows))
+
+
 def _first(ids: list[int], labels: LabelsConfig, path: Path) -> list[int]:
     """The ids of highest rank among those of all labelled images or persons, which are in the order of `first`."""
     unit = "images carry labelled persons" if labels.by == "images" else "persons are labelled"

@@ -30,7 +30,7 @@ from poserelay.inference import predict_crops
 from poserelay.keypoints import Skeleton
 from poserelay.model import PoseModel
 from poserelay.run import write_atomic
-from poserelay.subsets import Chosen, choose_labelled
+from poserelay.subsets import Chosen, choose_labelled, drop_labels
 
 from .config import SemiConfig
 from .step import SemiStep
@@ -53,8 +53,9 @@ def load_data(config: SemiConfig) -> Data:
     annotations, skeleton = read_labelled(config.data, config.model)
     size, alignment = (config.model.input.height, config.model.input.width), config.model.input.alignment
     chosen = choose_labelled(annotations, config.labels)
+    labelled_annotations, chosen = drop_labels(annotations, chosen, config.labels)
     labelled = TopDownDataset(
-        annotations,
+        labelled_annotations,
         Path(config.data.images),
         skeleton,
         size,

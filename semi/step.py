@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from poserelay.backbones.contrasted import contrasted_level, contrasted_map
+from poserelay.backbones.penultimate import penultimate_level, with_penultimate
 from poserelay.batch import CropBatch
 from poserelay.heatmaps import decode, encode, heatmap_to_input, input_to_heatmap, target_weight
 from poserelay.losses import joints_mse
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 class Student(nn.Module):
     """A pose model in training with ICON's projection head beside its heatmap head, which is never exported.
 
-    The projection head reads `contrasted_map`.
+    The projection head reads `with_penultimate`.
 
     Args:
         model: the pose model.
@@ -55,14 +55,14 @@ class Student(nn.Module):
     def __init__(self, model: PoseModel, channels: int) -> None:
         super().__init__()
         self.model = model
-        width = model.backbone.channels[contrasted_level(model.backbone)]
+        width = model.backbone.channels[penultimate_level(model.backbone)]
         self.projection = ProjectionHead(width, channels) if channels else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]` and embeddings `[B, m, h', w']`."""
         if self.projection is None:
             return self.model(images).float(), None
-        maps, contrasted = contrasted_map(self.model.backbone, images)
+        maps, contrasted = with_penultimate(self.model.backbone, images)
         return self.model.head(maps).float(), self.projection(contrasted).float()
 
 

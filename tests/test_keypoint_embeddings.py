@@ -20,7 +20,7 @@ from torch.nn.functional import grid_sample, normalize
 
 from evaluation.__main__ import main
 from evaluation.embeddings import Panel, checkpoint_names, draw_panels, draw_points, joint_styles, lay_out
-from poserelay.backbones.contrasted import contrasted_level
+from poserelay.backbones.penultimate import penultimate_level
 from poserelay.backbones.hrnet import drop_unused_fuse
 from poserelay.checkpoint import describe, write_export
 from poserelay.command import to_plain
@@ -221,8 +221,8 @@ def test_the_level_is_that_of_the_paper() -> None:
     with torch.device("meta"):
         hrnet = build_backbone(Named("timm", {"model": "hrnet_w18_small"}))
     drop_unused_fuse(hrnet)
-    assert hrnet.strides[contrasted_level(hrnet)] == 4
-    assert small_model().backbone.strides[contrasted_level(small_model().backbone)] == 16
+    assert hrnet.strides[penultimate_level(hrnet)] == 4
+    assert small_model().backbone.strides[penultimate_level(small_model().backbone)] == 16
 
 
 def test_damaged_weights_stop(people: Path) -> None:

@@ -2,8 +2,8 @@
 
 One file per dataset reads its layouts into COCO records; what several need is here. Ids count from 1 in the order of
 the source (a COCO file keeps its own), keypoints and boxes are in image pixels whose (0, 0) is the centre of the
-top-left pixel, and the joints are those of the packaged skeleton. No `area` is added: `read_coco` then takes 0.53 of
-the box. Imports no torch.
+top-left pixel, and the joints are those of the packaged skeleton. No `area` is added (but OCHuman's, the whole box):
+`read_coco` then takes 0.53 of the box. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from ..errors import UserError
 from ..keypoints import Skeleton, load_skeleton, match_joints
 from ..run import write_json
 
-SKELETONS = {"mpii": "mpii16", "aic": "aic14", "lsp": "lsp14", "crowdpose": "crowdpose14"}
+SKELETONS = {
+    "mpii": "mpii16",
+    "aic": "aic14",
+    "lsp": "lsp14",
+    "crowdpose": "crowdpose14",
+    "ochuman": "coco17",
+    "posetrack18": "posetrack18",
+}
 CATEGORY = 1
 """Id of the one category."""
 THREADS = 16
@@ -87,6 +94,8 @@ def read(config: ConvertConfig) -> Conversion:
     from .crowdpose import read_crowdpose
     from .lsp import read_lsp
     from .mpii import read_mpii
+    from .ochuman import read_ochuman
+    from .posetrack18 import read_posetrack18
 
     path = Path(config.annotations)
     pictures = None if config.images is None else Pictures(Path(config.images), config.max_unreadable)
@@ -96,11 +105,17 @@ def read(config: ConvertConfig) -> Conversion:
         return read_aic(path, pictures)
     if config.dataset == "lsp":
         return read_lsp(path, pictures, config.split)
+    if config.dataset == "ochuman":
+        return read_ochuman(path, config.split, config.iou_range)
+    if config.dataset == "posetrack18":
+        return read_posetrack18(path, pictures)
     return read_crowdpose(path)
 
 
 def check_out(out: Path, config: ConvertConfig) -> None:
     """Raise UserError unless `out` is a new file, or one of the same dataset that this command wrote."""
+    if out.resolve().parent == Path(config.annotations).resolve():
+        raise UserError(f"--out {out}: is in the folder that --annotations reads; name another one")
     if not out.exists():
         return
     start = json.dumps({"info": _info(config.dataset)})[:-1].encode()
@@ -246,8 +261,7 @@ def tidy_coco(path: Path, data: Any, skeleton: Skeleton) -> Conversion:
     Raises:
         UserError: not such a file, other joints, or a field that is missing or of the wrong kind; names the record.
     """
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
-        raise UserError(f"{path}: not a COCO file: no lists images and annotations; give the dataset's own file")
+    check_lists(path, data)
     source, order = _matched_category(path, data.get("categories"), skeleton)
     found = Conversion()
     sizes: dict[int, tuple[int, int]] = {}
@@ -267,6 +281,12 @@ def tidy_coco(path: Path, data: Any, skeleton: Skeleton) -> Conversion:
         seen.add(annotation["id"])
         found.annotations.append(annotation)
     return found
+
+
+def check_lists(path: Path, data: Any) -> None:
+    """Raise UserError unless `data`, of the file `path`, has COCO's lists images and annotations."""
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
+        raise UserError(f"{path}: not a COCO file: no lists images and annotations; give the dataset's own file")
 
 
 def _matched_category(path: Path, categories: Any, skeleton: Skeleton) -> tuple[Any, list[int]]:
@@ -293,19 +313,24 @@ def _image(path: Path, record: Any) -> dict[str, Any]:
     where = f"{path}: image {number!r}"
     if not isinstance(record, dict) or type(number) is not int:
         raise UserError(f"{where}: expected an object with an integer id")
-    name, size = record.get("file_name"), [record.get("width"), record.get("height")]
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: field file_name: found {name!r}, expected a file name")
-    width, height = map(int, numbers(size, 2, f"{where}: fields width and height"))
-    if min(width, height) < 1:
-        raise UserError(f"{where}: fields width and height: found {size}, expected 1 pixel or more")
-    image = {"id": number, "file_name": name, "width": width, "height": height}
+    image = image_record(record, number, where)
     if "crowdIndex" in record:
         crowding = record["crowdIndex"]
         if not is_number(crowding):
             raise UserError(f"{where}: field crowdIndex: found {crowding!r}, expected a number")
         image["crowdIndex"] = crowding
     return image
+
+
+def image_record(record: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
+    """A COCO image of id `number` with a record's file_name, width and height; UserError beginning with `where`."""
+    name, size = record.get("file_name"), [record.get("width"), record.get("height")]
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: field file_name: found {name!r}, expected a file name")
+    width, height = map(int, numbers(size, 2, f"{where}: fields width and height"))
+    if min(width, height) < 1:
+        raise UserError(f"{where}: fields width and height: found {size}, expected 1 pixel or more")
+    return {"id": number, "file_name": name, "width": width, "height": height}
 
 
 def _annotation(

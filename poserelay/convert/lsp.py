@@ -9,7 +9,6 @@ a joint that is 0 has no place. (Convolutional Pose Machines turns LSP's values 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,12 +20,13 @@ MARGIN = 0.1
 """Of the longer side of the joints' extent, added on each side: feet, hands and hair lie beyond the joints."""
 
 
-def read_lsp(path: Path, pictures: Pictures | None, split: Literal["all", "train", "test"] = "all") -> Conversion:
+def read_lsp(path: Path, pictures: Pictures | None, split: str = "all") -> Conversion:
     """One person per picture; both ids are the picture's number. Boxes are derived from the labelled joints.
 
     Args:
         pictures: they are needed, because the file does not give their sizes.
-        split: of LSP, train is the first half and test the second (1,000 each); all of Extended is for training.
+        split: all, train or test: of LSP, train is the first half and test the second (1,000 each); all of Extended is
+            for training.
 
     Raises:
         UserError: not such a file, a labelled joint that is not finite, or the test part of Extended.

@@ -5,11 +5,12 @@ Nothing here keeps random state, so the number of workers changes nothing and a 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -64,11 +65,19 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     A global batch is `batch_size * world` consecutive positions, of which each rank takes its consecutive share, so
     `world` processes see together what one process with the whole batch would. Positions wrap where a batch is larger
-    than the set. One loader serves the run; resuming is `start_step`.
+    than the set. One loader serves the run; resuming is `start_step`. `first_epoch` is the number of the first epoch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, total_steps: int, *, rank: int = 0, world: int = 1, start_step: int = 0
+        self,
+        length: int,
+        batch_size: int,
+        total_steps: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        first_epoch: int = 0,
     ) -> None:
         self.length = length
         self.batch_size = batch_size
@@ -76,6 +85,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world = world
         self.start_step = start_step
+        self.first_epoch = first_epoch
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
@@ -86,13 +96,27 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         for step in range(self.start_step, self.total_steps):
             epoch, step_in_epoch = divmod(step, per_epoch)
             first = step_in_epoch * global_batch + self.rank * self.batch_size
-            yield [(epoch, position % self.length) for position in range(first, first + self.batch_size)]
+            positions = range(first, first + self.batch_size)
+            yield [(self.first_epoch + epoch, position % self.length) for position in positions]
+
+
+class PhasedBatches(Sampler[list[tuple[int, int]]]):
+    """One batch sampler after the other, for a run whose epochs change their length."""
+
+    def __init__(self, phases: Sequence[EpochBatches]) -> None:
+        self.phases = phases
+
+    def __len__(self) -> int:
+        return sum(map(len, self.phases))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.chain.from_iterable(self.phases)
 
 
 class Source(Protocol[Item]):
     """What can be drawn from; `sample` raises UnreadableImage for a picture that cannot be read.
 
-    `order` is a permutation of its indices for an epoch, the same however often it is asked for.
+    `order` is what an epoch visits, the same however often it is asked for: mostly a permutation of the indices.
     """
 
     def __len__(self) -> int: ...
@@ -120,8 +144,8 @@ class TrainingDraws(Dataset[tuple[Item, list[str]]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Item, list[str]]:
         epoch, position = key
-        length = len(self.source)
         order = self.source.order(self.seed, epoch)
+        length = len(order)
         replaced: list[str] = []
         for offset in range(length):
             index = int(order[(position + offset) % length])
@@ -135,7 +159,7 @@ class TrainingDraws(Dataset[tuple[Item, list[str]]]):
 def training_loader(
     source: Source[Item],
     collate: Callable[[list[tuple[Item, list[str]]]], Any],
-    batches: EpochBatches,
+    batches: EpochBatches | PhasedBatches,
     *,
     seed: int,
     workers: int,

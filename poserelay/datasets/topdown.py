@@ -35,6 +35,7 @@ class CropRecord:
     area: float
     image_id: int
     annotation_id: int | None
+    negative: bool = False
 
 
 class TopDownDataset(Dataset[CropRecord]):
@@ -50,6 +51,7 @@ class TopDownDataset(Dataset[CropRecord]):
         detections: boxes to crop instead of the persons; their crops carry no labels.
         padding: factor on the box.
         rows: the annotations to take, indices into `annotations`; None takes all persons. Not with detections.
+        negative: of detections, that nobody is there.
 
     A picture of another size than the file says is unreadable: its labels would be in the wrong places.
 
@@ -69,6 +71,7 @@ class TopDownDataset(Dataset[CropRecord]):
         padding: float = 1.25,
         alignment: Literal["hrnet", "udp"] = "hrnet",
         rows: np.ndarray | None = None,
+        negative: bool = False,
     ) -> None:
         self.annotations = annotations
         self.image_dir = Path(image_dir)
@@ -77,6 +80,7 @@ class TopDownDataset(Dataset[CropRecord]):
         self.augmentation = augmentation
         self.padding = padding
         self.alignment: Literal["hrnet", "udp"] = alignment
+        self.negative = negative
         self._flip_index = np.array(skeleton.flip_index)
         self._upper = np.isin(np.arange(len(skeleton.joints)), skeleton.indices(skeleton.upper_body))
 
@@ -157,6 +161,7 @@ class TopDownDataset(Dataset[CropRecord]):
             area=float(self.areas[index]),
             image_id=self.annotations.image_ids[row],
             annotation_id=self.annotation_ids[index],
+            negative=self.negative,
         )
 
     def _matched_joints(self) -> tuple[np.ndarray, np.ndarray]:
@@ -199,6 +204,7 @@ def collate(crops: Sequence[CropRecord]) -> CropBatch:
         areas=torch.tensor([crop.area for crop in crops]),
         image_ids=[crop.image_id for crop in crops],
         annotation_ids=[crop.annotation_id for crop in crops],
+        negative=torch.tensor([crop.negative for crop in crops]),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .ccm import CCMHead
 from .hrnet import HRNetHead
 from .simple import DeconvHead
 
-HEADS: dict[str, type[DeconvHead] | type[HRNetHead]] = {
+HEADS: dict[str, type[DeconvHead] | type[HRNetHead] | type[CCMHead]] = {
     "simple": DeconvHead,
     "hrnet": HRNetHead,
+    "ccm": CCMHead,
 }
 
-__all__ = ["HEADS", "DeconvHead", "HRNetHead"]
+__all__ = ["HEADS", "CCMHead", "DeconvHead", "HRNetHead"]

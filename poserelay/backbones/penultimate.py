@@ -1,4 +1,4 @@
-"""The map of a backbone that ICON contrasts (Xu et al., AAAI 2023; readings ICON 1)."""
+"""The map of the penultimate stage: ICON contrasts it (readings ICON 1), CCM's auxiliary decoder reads it (CCM 2)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .features import Backbone
 from .hrnet import is_hrnet
 
 
-def contrasted_level(backbone: Backbone) -> int:
-    """The one of the backbone's maps whose channels and stride the contrasted map has.
+def penultimate_level(backbone: Backbone) -> int:
+    """The one of the backbone's maps whose channels and stride the penultimate stage's map has.
 
     It is ResNet's conv4_x, the third of four maps; of an HRNet the branch of highest resolution, though as stage 3
     leaves it, which is none of the backbone's own maps.
@@ -19,11 +19,11 @@ def contrasted_level(backbone: Backbone) -> int:
     return 0 if is_hrnet(backbone) else 2
 
 
-def contrasted_map(backbone: Backbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The backbone's maps of normalised images `[B, 3, H, W]`, and the one that ICON contrasts, `[B, C, h, w]`."""
+def with_penultimate(backbone: Backbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The backbone's maps of normalised images `[B, 3, H, W]`, and its penultimate stage's, `[B, C, h, w]`."""
     if not is_hrnet(backbone):
         maps = backbone(images)
-        return maps, maps[contrasted_level(backbone)]
+        return maps, maps[penultimate_level(backbone)]
     kept: list[Tensor] = []
     network: Any = backbone.network
     handle = network.stage3.register_forward_hook(lambda _module, _inputs, branches: kept.append(branches[0]))
