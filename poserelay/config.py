@@ -260,8 +260,10 @@ class ConvertConfig:
     """Part of lsp (train is its first half, test its second) or of ochuman.json (val is its first 2,500 pictures, test
     the rest)."""
     iou_range: tuple[float, float] | None = None
-    """ochuman: only persons whose MaxIoU with another is in it, the end left out unless it is 1: moderate is
-    [0.5, 0.75], hard [0.75, 1]."""
+    """ochuman: only persons with low <= MaxIoU < high, or <= 1: [0.5, 0.75] is moderate, [0.75, 1] hard."""
+    ignore_regions: bool = True
+    """posetrack18: its ignored regions as boxes marked iscrowd. For scores with annotated boxes leave them out: COCO's
+    evaluator forgives a wrong pose within twice such a box about its centre, which is most of many frames."""
     max_unreadable: float = 0.01
     """Share of the pictures that may be missing or unreadable, and left out with their persons."""
 
@@ -271,12 +273,13 @@ class ConvertConfig:
             raise ValueError(f"head_boxes: {self.dataset} has none, they are mpii's; leave it out")
         parts = {"lsp": ("train", "test"), "ochuman": ("val", "test")}.get(self.dataset, ())
         if self.split not in ("all", *parts):
-            raise ValueError(
-                f"split is {self.split}, but only lsp's file holds train and test, and ochuman's val and test; leave it out"
-            )
+            known = "only lsp has train and test, and ochuman val and test"
+            raise ValueError(f"split is {self.split}, but {known}; leave it out")
         ours = self.dataset == "ochuman"
         if self.iou_range is not None and not (ours and 0 <= self.iou_range[0] < self.iou_range[1] <= 1):
             raise ValueError(f"iou_range is {list(self.iou_range)}, expected ochuman's MaxIoU, 0 <= low < high <= 1")
+        if not self.ignore_regions and self.dataset != "posetrack18":
+            raise ValueError(f"ignore_regions: {self.dataset} has none, they are posetrack18's; leave it out")
 
 
 @dataclass(frozen=True)

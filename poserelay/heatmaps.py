@@ -8,6 +8,7 @@ Eq. numbers are those of CCM (Zhang et al., "Towards High Performance Human Keyp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 Alignment = Literal["hrnet", "udp"]
-Refine = Literal["none", "quarter", "parabola", "paraboloid"]
+Refine = Literal["none", "quarter", "parabola", "paraboloid", "dark"]
 
 
 def input_to_heatmap(
@@ -47,13 +48,17 @@ def _heatmap_per_input(
     return xy.new_tensor([(width - edge) / (input_width - edge), (height - edge) / (input_height - edge)])
 
 
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def target_weight(keypoints: Tensor, visibility: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     """HRNet's weight of a joint in the loss: 1 if it is labelled and its 3-sigma patch reaches the map, else 0.
 
     keypoints `[..., K, 2]` in heatmap pixels (NaN allowed where unlabelled), visibility `[..., K]` (> 0: labelled),
     size (height, width), sigma in heatmap pixels. Returns float32 `[..., K]`.
     """
-    keypoints = keypoints.to(torch.promote_types(keypoints.dtype, torch.float32))
+    keypoints = _at_least_float32(keypoints)
     centre = torch.trunc(keypoints + 0.5)
     height, width = size
     limit = centre.new_tensor([width, height])
@@ -78,7 +83,7 @@ def encode(
         raise ValueError(f"sigma must be positive, got {sigma}")
     height, width = size
     labelled = target_weight(keypoints, visibility, size, sigma) > 0
-    centre = keypoints.to(torch.promote_types(keypoints.dtype, torch.float32))
+    centre = _at_least_float32(keypoints)
     if quantize:
         centre = torch.trunc(centre + 0.5)
 
@@ -94,45 +99,70 @@ def encode(
 
 
 def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The peak of each map: xy `[B, K, 2]` in heatmap pixels and its value, the score `[B, K]`, both float32.
+    """The peak of each map: xy `[B, K, 2]` in heatmap pixels and its value, the score `[B, K]`.
 
-    heatmaps `[B, K, H, W]`; `blur` is the sigma of a Gaussian filter applied first, in heatmap pixels (0: none).
-    After the largest pixel (the first of equals) was found, `refine` moves it:
+    heatmaps `[B, K, H, W]`; float64 is kept, all else is decoded in float32. `blur` is the sigma of a Gaussian filter
+    applied first, in heatmap pixels (0: none). After the largest pixel (the first of equals) was found, `refine` moves
+    it:
 
     - "none": not at all;
     - "quarter": HRNet's 0.25 px towards the larger neighbour on each axis, only where 1 < x < W - 1 and 1 < y < H - 1;
     - "parabola": the vertex through three pixels per axis (Eq. 13);
-    - "paraboloid": the vertex of the least-squares paraboloid of the 3x3 window (Eq. 17-22).
+    - "paraboloid": the vertex of the least-squares paraboloid of the 3x3 window (Eq. 17-22);
+    - "dark": the Newton step on the map's logarithm of Zhang et al., "Distribution-aware coordinate representation for
+      human pose estimation" (DARK), only where 1 < x < W - 2 and 1 < y < H - 2, with values under 1e-10 raised to it.
 
     Parabola and paraboloid fit the map's values, not their logarithms: on a noise-free Gaussian both are off by 0.01 px
     on average at sigma 2, the parabola by 0.02 px at sigma 1.6. Their window is moved inside the map where the peak
-    is at its border, the vertex is kept within the window (so always on the map), and a window that is not concave
-    (flat, a saddle) leaves the largest pixel. A map whose maximum is not positive gives (0, 0) and that maximum; a map
-    that holds a NaN gives (0, 0) and the score NaN, for the caller to refuse.
-    ValueError: another refinement, or a map smaller than 3x3 where a window is needed.
+    is at its border. DARK is exact on a Gaussian, but its second differences are the most sensitive to noise: it is
+    meant for a blur as wide as the targets' Gaussian, blur=2 at sigma 2. There DARK's authors cut the kernel to 11
+    pixels, pad with zeros, and take the largest pixel and the score from the map before the filter; here both are
+    those of the filtered map.
+
+    A vertex is kept within its window, one pixel around the middle, so always on the map; a window that is not concave
+    (flat, a saddle, not finite) leaves the largest pixel, and so does a map with less than 3 pixels on a side. A map
+    whose maximum is not positive gives (0, 0) and that maximum; a map that holds a NaN (or, with a blur, an infinity)
+    gives (0, 0) and the score NaN, for the caller to refuse.
+    ValueError: another refinement.
     """
-    if refine not in ("none", "quarter", "parabola", "paraboloid"):
-        raise ValueError(f"refine {refine!r}: choose 'none', 'quarter', 'parabola' or 'paraboloid'")
-    if refine != "none" and min(heatmaps.shape[-2:]) < 3:
-        raise ValueError(f"refine {refine!r} needs maps of at least 3x3 pixels, got {tuple(heatmaps.shape[-2:])}")
-    heatmaps = heatmaps.float()
-    if blur > 0:
-        heatmaps = gaussian_blur(heatmaps, blur)
-    height, width = heatmaps.shape[-2:]
-    # The maxima of pairs of rows, then two short searches: unlike an argmax, the pass over the whole map vectorises.
-    rows = 2 - height % 2
-    strips = heatmaps.reshape(*heatmaps.shape[:-2], height // rows, rows * width)
+    if refine not in ("none", "quarter", "parabola", "paraboloid", "dark"):
+        raise ValueError(f"refine {refine!r}: choose 'none', 'quarter', 'parabola', 'paraboloid' or 'dark'")
+    heatmaps = _at_least_float32(heatmaps)
+    if blur <= 0:
+        return _peaks(heatmaps, refine)
+    rows, columns = _blur_matrices(heatmaps, blur)
+    found = [_peaks(_filter(part, rows, columns), refine) for part in heatmaps.split(_persons_in_cache(heatmaps))]
+    xy, score = zip(*found, strict=True)
+    return torch.cat(xy), torch.cat(score)
+
+
+def _persons_in_cache(heatmaps: Tensor) -> int:
+    """How many persons to work on at once, so that on the CPU the maps between two steps do not leave its cache."""
+    if heatmaps.device.type != "cpu":
+        return max(1, len(heatmaps))
+    return max(1, 2**18 // max(1, math.prod(heatmaps.shape[1:])))
+
+
+def _peaks(heatmaps: Tensor, refine: Refine) -> tuple[Tensor, Tensor]:
+    batch, joints, height, width = heatmaps.shape
+    # The maxima of strips of rows, then two short searches: unlike an argmax, the pass over the whole map vectorises.
+    rows = math.gcd(height, 4)
+    strips = heatmaps.reshape(batch * joints, height // rows, rows * width)
     score, strip = strips.amax(-1).max(-1)
-    within = strips.take_along_dim(strip[..., None, None], -2).squeeze(-2).max(-1).indices
-    peak = torch.stack((within % width, strip * rows + within // width), -1)
-    if refine == "quarter":
+    first = torch.arange(batch * joints, device=heatmaps.device) * (height // rows)
+    within = strips.flatten(0, 1).index_select(0, first + strip).max(-1).indices
+    peak = torch.stack((within % width, strip * rows + within // width), -1).view(batch, joints, 2)
+    score = score.view(batch, joints)
+    if refine == "none" or min(height, width) < 3:
+        xy = peak.to(heatmaps.dtype)
+    elif refine == "quarter":
         xy = peak + _quarter_shift(heatmaps, peak)
     elif refine == "parabola":
         xy = _parabola_peak(heatmaps, peak)
     elif refine == "paraboloid":
         xy = _paraboloid_peak(heatmaps, peak)
     else:
-        xy = peak.float()
+        xy = _dark_peak(heatmaps, peak)
     return torch.where(score[..., None] > 0, xy, 0), score
 
 
@@ -189,6 +219,30 @@ def _paraboloid_peak(heatmaps: Tensor, peak: Tensor) -> Tensor:
     c = (z[..., 0, 0] + z[..., 2, 2] - z[..., 0, 2] - z[..., 2, 0]) / 4
     d = (across_rows[..., 2] - across_rows[..., 0]) / 2
     e = (across_columns[..., 2] - across_columns[..., 0]) / 2
+    return _summit(peak, centre, a, b, c, d, e)
+
+
+def _dark_peak(heatmaps: Tensor, peak: Tensor) -> Tensor:
+    height, width = heatmaps.shape[-2:]
+    x, y = peak.unbind(-1)
+    inside = ((x > 1) & (x < width - 2) & (y > 1) & (y < height - 2))[..., None]
+    steps = torch.arange(-2, 3, device=peak.device)
+    # Outside, where the answer is the largest pixel, the window need only be on the map.
+    columns = (x[..., None, None] + steps).clamp(0, width - 1)
+    rows = (y[..., None, None] + steps[:, None]).clamp(0, height - 1)
+    z = _gather(heatmaps, columns, rows).clamp(min=1e-10).log()
+    middle_row, middle_column = z[..., 2, :], z[..., 2]
+    # DARK's stencils: the second differences are two pixels wide.
+    a = (middle_row[..., 4] + middle_row[..., 0] - 2 * middle_row[..., 2]) / 8
+    b = (middle_column[..., 4] + middle_column[..., 0] - 2 * middle_column[..., 2]) / 8
+    c = (z[..., 3, 3] + z[..., 1, 1] - z[..., 3, 1] - z[..., 1, 3]) / 4
+    d = (middle_row[..., 3] - middle_row[..., 1]) / 2
+    e = (middle_column[..., 3] - middle_column[..., 1]) / 2
+    return torch.where(inside, _summit(peak, peak, a, b, c, d, e), peak)
+
+
+def _summit(peak: Tensor, centre: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+    """Where a x^2 + b y^2 + c x y + d x + e y, x and y counted from the centre, is largest (Eq. 22)."""
     determinant = c * c - 4 * a * b
     offset = torch.stack((2 * b * d - c * e, 2 * a * e - c * d), -1) / determinant[..., None]
     return _vertex(peak, centre, offset, ((a < 0) & (b < 0) & (determinant < 0))[..., None])
@@ -198,12 +252,21 @@ def gaussian_blur(heatmaps: Tensor, sigma: float) -> Tensor:
     """Gaussian filter of `[..., H, W]` maps, sigma in heatmap pixels, kernel to 4 sigma, edge pixels repeated outside.
 
     The same as cv2.GaussianBlur(map, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE). Peaks within two sigmas of the
-    border are pulled towards it; of cv2's borders this one does it least.
+    border are pulled towards it; of cv2's borders this one does it least. float64 is kept, all else becomes float32.
     """
-    height, width = heatmaps.shape[-2:]
+    heatmaps = _at_least_float32(heatmaps)
+    return _filter(heatmaps, *_blur_matrices(heatmaps, sigma))
+
+
+def _filter(heatmaps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     # As matrices: many times faster than a one-channel convolution on the CPU. In bf16 autocast they would lose digits.
     with torch.autocast(heatmaps.device.type, enabled=False):
-        return _blur_matrix(height, sigma).to(heatmaps) @ heatmaps @ _blur_matrix(width, sigma).T.to(heatmaps)
+        return rows @ heatmaps @ columns
+
+
+def _blur_matrices(heatmaps: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    height, width = heatmaps.shape[-2:]
+    return _blur_matrix(height, sigma).to(heatmaps), _blur_matrix(width, sigma).T.to(heatmaps)
 
 
 def _blur_matrix(length: int, sigma: float) -> Tensor:
@@ -220,17 +283,23 @@ def flip_back(heatmaps_of_flipped: Tensor, flip_index: Sequence[int], shift: flo
     heatmaps_of_flipped `[B, K, H, W]`; `flip_index` names for each joint its mirror joint (`Skeleton.flip_index`);
     `shift` in heatmap pixels, 0 to 1, moves the mirrored-back maps to the right by linear interpolation (Eq. 25 with
     shift = 1 / r; the leftmost column stays, as HRNet's). With the "hrnet" alignment the exact shift is 1 - 1 / stride,
-    HRNet's own is 1; with "udp" it is 0. Returns `[B, K, H, W]`.
+    HRNet's own is 1; with "udp" it is 0. Returns `[B, K, H, W]`; float64 is kept, all else becomes float32.
     ValueError: shift outside 0 to 1.
     """
     if not 0 <= shift <= 1:
         raise ValueError(f"shift must be from 0 to 1 heatmap pixels, got {shift}")
-    # Shifted to the left before mirroring back, so that the neighbours are read from the tensor that is not written.
-    shifted = heatmaps_of_flipped.clone()
-    shifted[..., :-1].lerp_(heatmaps_of_flipped[..., 1:], shift)
-    return shifted[:, list(flip_index)].flip(-1)
+    mirror_joints = torch.tensor(list(flip_index), device=heatmaps_of_flipped.device)
+    mirrored = _at_least_float32(heatmaps_of_flipped).index_select(1, mirror_joints).flip(-1)
+    if shift > 0:
+        mirrored[..., 1:] = mirrored[..., 1:].lerp(mirrored[..., :-1], shift)
+    return mirrored
 
 
 def average_flip(heatmaps: Tensor, heatmaps_of_flipped: Tensor, flip_index: Sequence[int], shift: float) -> Tensor:
     """The mean of a picture's maps and its mirrored picture's, `[B, K, H, W]`; arguments as in `flip_back`."""
-    return flip_back(heatmaps_of_flipped, flip_index, shift).lerp_(heatmaps, 0.5)
+    heatmaps = _at_least_float32(heatmaps)
+    average = torch.empty_like(heatmaps)
+    parts = (maps.split(_persons_in_cache(heatmaps)) for maps in (average, heatmaps, heatmaps_of_flipped))
+    for mean, maps, of_flipped in zip(*parts, strict=True):
+        mean.copy_(flip_back(of_flipped, flip_index, shift).lerp_(maps, 0.5))
+    return average

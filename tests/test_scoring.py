@@ -12,6 +12,8 @@ import pytest
 import scipy.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.errors import UserError
@@ -27,10 +29,15 @@ from poserelay.scoring import (
     match_results,
     mean_pose,
     oks_metrics,
+    parsed_truth,
     pck,
     pck_of_persons,
+    pck_of_truth,
+    place_joints,
     place_pose,
     read_results,
+    scored_truth,
+    take_joints,
     torso_reference,
 )
 
@@ -309,6 +316,177 @@ def test_pck_of_persons_measures_by_the_torso_or_else_the_box(tmp_path: Path) ->
     by_torso, details = pck_of_persons(truth, predicted, with_torso, 0.2)  # within 8.2 of the 41 px torso
     assert by_torso == {"PCK": 0.0, "PCK/nose": 0.0, "PCK/paw": 0.0, "PCK/tail": 0.0}
     assert details == {"pck_threshold": 0.2, "pck_reference": "nose to paw", "pck_instances": 1}
+
+
+def by_pycocotools(
+    file: dict[str, Any], results: list[dict[str, Any]], sigmas: list[float], capsys: pytest.CaptureFixture[str]
+) -> list[float]:
+    """The ten figures of a file and results reduced by hand, straight from pycocotools."""
+    truth: Any = COCO()
+    truth.dataset = file
+    truth.createIndex()
+    evaluation: Any = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "keypoints")
+    evaluation.params.kpt_oks_sigmas = np.array(sigmas)
+    evaluation.params.maxDets = [20]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    capsys.readouterr()
+    return evaluation.stats.tolist()
+
+
+def random_scene(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Twelve persons of three joints in three images, some without a label, one a crowd; a noisy pose of each."""
+    rng = np.random.default_rng(seed)
+    persons, results = [], []
+    for n in range(12):
+        triples = np.column_stack([rng.uniform(0, 100, (3, 2)), rng.integers(0, 3, 3)])
+        box = [*rng.uniform(0, 20, 2).tolist(), 80.0, 80.0]
+        area = float(rng.uniform(500, 12000))
+        persons.append(person(n + 1, n % 3, triples.ravel().tolist(), bbox=box, area=area, iscrowd=int(n == 11)))
+        moved = triples + np.column_stack([rng.normal(0, 8, (3, 2)), np.zeros(3)])
+        results.append(pose(n % 3, moved.ravel().tolist(), float(rng.uniform(0.1, 1))))
+    persons[0]["keypoints"] = [*THREE[:8], 2]  # so that some person has all three, each kind is there,
+    persons[1]["keypoints"] = [*THREE[:6], 0.0, 0.0, 0]  # and one has no more than two
+    persons[2]["keypoints"] = list(THREE)
+    return persons, results
+
+
+def kept(keypoints: list[float], visible: tuple[int, ...]) -> list[float]:
+    """The triples whose v is among `visible`, 0, 0, 0 in place of the others."""
+    triples = [keypoints[3 * joint : 3 * joint + 3] for joint in range(len(keypoints) // 3)]
+    return [number for triple in triples for number in (triple if triple[2] in visible else [0.0, 0.0, 0])]
+
+
+def figures(truth: Any, results: list[dict[str, Any]], skeleton: Skeleton) -> list[float]:
+    """The ten figures of what `truth` counts, from the whole file's results."""
+    metrics, _ = oks_metrics(parsed_truth(truth), take_joints(results, truth.columns), skeleton)
+    return list(metrics.values())
+
+
+def test_joints_that_the_skeleton_lacks_are_not_scored(tmp_path: Path) -> None:
+    """The OKS is of nose and tail alone, whose sigmas stand in another order; nothing is expected at the paw."""
+    bird = Skeleton(name="bird", joints=("tail", "beak", "nose"), sigmas=(0.2, 0.9, 0.1))
+    only_a_paw = [0.0, 0.0, 0, 60.0, 60.0, 2, 0.0, 0.0, 0]
+    file = read(tmp_path, person(1, 0, THREE), person(2, 1, only_a_paw))
+    truth = scored_truth(file, bird)
+    assert truth.protocol == {"joints_scored": 2, "unscored": ["paw"], "not_in_file": ["beak"]}
+    assert truth.common.joints == ("nose", "tail")
+    poses = [pose(0, [*displaced(0.72)[:3], 0.0, 0.0, 0.0, *displaced(0.72)[6:]], 0.5), pose(1, [50.0, 50.0, 1] * 3)]
+    metrics, _ = oks_metrics(parsed_truth(truth), take_joints(poses, truth.columns), bird)
+    assert metrics["AP"] == pytest.approx(0.5)  # the other person is neither missed nor its pose a false positive
+    assert metrics["AR"] == pytest.approx(0.5)
+    found, details = pck_of_truth(truth, np.array([[[10.0, 10.0], [30.0, 80.0]]]), bird)
+    assert found == {"PCK": 1.0, "PCK/nose": 1.0, "PCK/tail": 1.0}
+    assert details["pck_instances"] == 1
+
+
+def test_results_keep_their_places_where_joints_are_not_scored() -> None:
+    taken = take_joints([pose(0, [1, 2, 3, 4, 5, 6, 7, 8, 9])], [2, 0])
+    assert taken[0]["keypoints"] == [7, 8, 9, 1, 2, 3]
+    assert place_joints(taken, [2, 0], 4)[0]["keypoints"] == [1, 2, 3, 0, 0, 0, 7, 8, 9, 0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("what", ["skeleton", "visible", "invisible", "two", "two hidden"])
+def test_what_counts_equals_pycocotools_on_a_file_reduced_by_hand(
+    tmp_path: Path, what: str, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    persons, results = random_scene(seed)
+    file = read(tmp_path, *persons)
+    by_hand = coco_file(*copy.deepcopy(persons))
+    sigmas, poses = list(SIGMAS), results
+    if what == "skeleton":  # without paws
+        truth, skeleton = scored_truth(file, shorter := Skeleton("short", ("tail", "nose"), sigmas=(0.2, 0.1))), shorter
+        by_hand["categories"][0]["keypoints"] = ["nose", "tail"]
+        for record in by_hand["annotations"]:
+            del record["keypoints"][3:6]
+        poses, sigmas = copy.deepcopy(results), [0.1, 0.2]
+        for record in poses:
+            del record["keypoints"][3:6]
+    else:
+        skeleton = ANIMAL
+        visible = {"visible": (2,), "invisible": (1,), "two": (1, 2), "two hidden": (1,)}[what]
+        joints: Any = {"two": "all", "two hidden": "invisible"}.get(what, what)
+        truth = scored_truth(file, ANIMAL, joints, 2 if "two" in what else None)
+        for record in by_hand["annotations"]:
+            labelled = sum(v > 0 for v in record["keypoints"][2::3])
+            taken = visible if "two" not in what or labelled == 2 else ()
+            record["keypoints"] = kept(record["keypoints"], taken)
+    for record in by_hand["annotations"]:
+        record["num_keypoints"] = sum(v > 0 for v in record["keypoints"][2::3])
+    assert figures(truth, results, skeleton) == by_pycocotools(by_hand, poses, sigmas, capsys)
+    assert truth.protocol["joints_scored" if what == "skeleton" else "joints" if "two" != what else "labelled_joints"]
+    counting = [record for record in by_hand["annotations"] if record["num_keypoints"] and not record["iscrowd"]]
+    assert truth.counted.ids[truth.counted.persons].tolist() == [record["id"] for record in counting]
+
+
+def test_a_pose_of_an_ignored_person_is_no_false_positive(tmp_path: Path) -> None:
+    """However far off, within the person's surroundings; its joints' distances are not looked at."""
+    two = [*THREE[:6], 0.0, 0.0, 0]
+    file = read(tmp_path, person(1, 0, THREE), person(2, 0, two, bbox=[1000.0, 1000.0, 50.0, 50.0]))
+    wrong = pose(0, [1010.0, 1070.0, 1] * 3, score=0.9)
+    for count, expected in ((3, 1.0), (2, 0.0)):
+        truth = scored_truth(file, ANIMAL, labelled_joints=count)
+        assert figures(truth, [pose(0, THREE, 0.5), wrong], ANIMAL)[0] == pytest.approx(expected)
+    elsewhere = pose(0, [3000.0, 3000.0, 1] * 3, score=0.9)
+    truth = scored_truth(file, ANIMAL, labelled_joints=3)
+    assert figures(truth, [pose(0, THREE, 0.5), elsewhere], ANIMAL)[0] == pytest.approx(0.5)
+
+
+def test_a_person_that_the_file_ignores_stays_ignored(tmp_path: Path) -> None:
+    file = read(tmp_path, person(1, 0, THREE), person(2, 1, THREE, num_keypoints=0))
+    assert figures(scored_truth(file, ANIMAL, "visible"), [pose(0, THREE)], ANIMAL)[0] == pytest.approx(1.0)
+
+
+def test_where_everything_counts_the_file_is_scored_as_it_is(tmp_path: Path) -> None:
+    """Also with a skeleton of more joints: a num_keypoints that contradicts the visibilities stays."""
+    contradicting = person(2, 1, [0.0] * 9, num_keypoints=3)
+    file = read(tmp_path, person(1, 0, THREE), contradicting)
+    more = Skeleton(name="more", joints=("wing", *ANIMAL.joints), sigmas=(0.1, *SIGMAS))
+    truth = scored_truth(file, more)
+    assert truth.protocol == {"joints_scored": 3, "not_in_file": ["wing"]}
+    assert truth.counted is file
+    assert parsed_truth(truth) == coco_file(person(1, 0, THREE), contradicting)
+
+
+def test_pck_of_hidden_joints_is_measured_by_the_whole_person(tmp_path: Path) -> None:
+    """The torso's joints are visible ones, and so are left out; its length stays."""
+    skeleton = Skeleton(name="animal", joints=ANIMAL.joints, sigmas=SIGMAS, torso=("nose", "paw"))
+    truth = scored_truth(read(tmp_path, person(1, 0, THREE), person(2, 0, [*THREE[:8], 2])), skeleton, "invisible")
+    torso = math.dist((10, 10), (50, 20))
+    for share, expected in ((0.19, 1.0), (0.21, 0.0)):
+        predicted = np.array([[[900.0, 900.0], [900.0, 900.0], [30.0 + share * torso, 80.0]]])
+        found, details = pck_of_truth(truth, predicted, skeleton)
+        assert found["PCK"] == found["PCK/tail"] == expected
+        assert math.isnan(found["PCK/nose"])
+        assert details == {"pck_threshold": 0.2, "pck_reference": "nose to paw", "pck_instances": 1}
+
+
+@pytest.mark.parametrize(
+    ("joints", "count", "message"),
+    [
+        ("visible", None, r"val\.json: of its labelled joints all have v = 2, .*with joints all"),
+        ("invisible", None, r"val\.json: of its labelled joints all have v = 2"),
+        (
+            "all",
+            2,
+            r"val\.json: none of its 1 persons has a labelled joint to score among those with 2 labelled joints",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_an_error(
+    tmp_path: Path, joints: Any, count: int | None, message: str
+) -> None:
+    file = read(tmp_path, person(1, 0, [*THREE[:8], 2]))
+    with pytest.raises(UserError, match=message):
+        scored_truth(file, ANIMAL, joints, count)
+
+
+def test_no_joint_in_common_is_an_error(tmp_path: Path) -> None:
+    message = r"its joints \(nose, paw, tail\) have none in common with skeleton fish \(fin\)"
+    with pytest.raises(UserError, match=message):
+        scored_truth(read(tmp_path, person(1, 0, THREE)), Skeleton(name="fish", joints=("fin",)))
 
 
 def crowd_file(*crowd_index: float) -> dict[str, Any]:

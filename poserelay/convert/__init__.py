@@ -108,7 +108,7 @@ def read(config: ConvertConfig) -> Conversion:
     if config.dataset == "ochuman":
         return read_ochuman(path, config.split, config.iou_range)
     if config.dataset == "posetrack18":
-        return read_posetrack18(path, pictures)
+        return read_posetrack18(path, pictures, config.ignore_regions)
     return read_crowdpose(path)
 
 

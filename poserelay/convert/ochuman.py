@@ -1,8 +1,9 @@
 """OCHuman: the site's ochuman.json, or its COCO files, ochuman_coco_format_{val,test}_range_0.00_1.00.json.
 
-ochuman.json becomes what its API (`toCocoFormart`) makes of it: persons with both joints and a mask, 17 of the 19 joints,
-the whole box as `area`, and visibility 2 where a joint is seen or hidden by its own body, 1 where others hide it. `val` is
-the first 2,500 of the pictures with such a person, by image_id, and `test` the rest; ids count from 1 in that order.
+ochuman.json becomes what its API (`toCocoFormart`) makes of it: persons with both joints and a mask, 17 of the 19
+joints, the whole box as `area`, and visibility 2 where a joint is seen or hidden by its own body, 1 where others hide
+it. `val` is the first 2,500 of the pictures with such a person, by image_id, and `test` the rest; ids count from 1 in
+that order.
 
 MaxIoU is the highest IoU of a person's box with another's of its picture. Files of a range of it (moderate [0.5, 0.75),
 hard [0.75, 1]) have neither the persons outside nor the pictures without one inside, as the API's: a pose on a person
@@ -60,7 +61,7 @@ def read_ochuman(path: Path, split: str = "all", iou_range: tuple[float, float] 
 
 
 def max_ious(boxes: Sequence[Sequence[float]]) -> list[float]:
-    """Highest IoU of each box (xywh) with another one, 0 where there is none."""
+    """Highest IoU of each box (xywh) with another one, 0 where it meets none."""
     found = [0.0] * len(boxes)
     for (i, (x, y, width, height)), (j, (x2, y2, width2, height2)) in itertools.combinations(enumerate(boxes), 2):
         across, down = min(x + width, x2 + width2) - max(x, x2), min(y + height, y2 + height2) - max(y, y2)
@@ -77,9 +78,8 @@ def _keep_range(found: Conversion, overlaps: Mapping[int, float], low: float, hi
         if low <= overlap < high or overlap == high == 1:
             kept.append(annotation)
     with_person = {annotation["image_id"] for annotation in kept}
-    found.dropped[f"persons with a MaxIoU outside [{low:g}, {high:g}{']' if high == 1 else ')'}"] = len(
-        found.annotations
-    ) - len(kept)
+    named = f"[{low:g}, {high:g}{']' if high == 1 else ')'}"
+    found.dropped[f"persons with a MaxIoU outside {named}"] = len(found.annotations) - len(kept)
     found.dropped["pictures without a person in that range"] = len(found.images) - len(with_person)
     found.dropped = +found.dropped  # without zeros
     found.annotations = kept
@@ -93,9 +93,7 @@ def _site(path: Path, data: dict[str, Any], split: str) -> tuple[Conversion, dic
     known = isinstance(names, list) and all(isinstance(name, str) for name in names)
     order = [place for place in match_joints(names, skeleton.joints) if place is not None] if known else []
     if len(order) < len(skeleton.joints) or not isinstance(pictures, list):
-        raise UserError(
-            f"{path}: not OCHuman's: no list images, or keypoint_names without COCO's 17; give ochuman.json"
-        )
+        raise UserError(f"{path}: no list images, or keypoint_names without COCO's 17 joints; give ochuman.json")
     pictures = _sorted(path, pictures)
     having = [record for record in pictures if any(map(_is_whole, record["annotations"]))]
     first, last = {"all": (0, len(having)), "val": (0, VAL), "test": (VAL, len(having))}[split]
@@ -149,8 +147,9 @@ def _is_whole(annotation: dict[str, Any]) -> bool:
 def _ious(annotations: Sequence[dict[str, Any]], where: str) -> list[float]:
     """MaxIoU of each person of a picture, as stated, or of the boxes of all of them."""
     stated = [annotation.get("max_iou") for annotation in annotations]
-    if all(is_number(value) for value in stated):
-        return stated
+    known = [value for value in stated if is_number(value)]
+    if len(known) == len(stated):
+        return known
     computed = max_ious([_box(annotation, where) for annotation in annotations])
     return [value if is_number(value) else iou for value, iou in zip(stated, computed, strict=True)]
 

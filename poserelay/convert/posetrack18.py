@@ -1,11 +1,12 @@
 """PoseTrack 2018: the folder of one JSON per video (posetrack_data/annotations/val), or one file as mmpose's.
 
-Kept are the labelled frames; all ids stay, since detections go by those of the frames. A joint's third number says that
-it is labelled, and no more: ours is 2. Boxes are the files', which are the extent of the joints and 15 % of its sides on
-each side; a person without one gets the same. `bbox_head` becomes `head_box`, for PCKh.
+Kept are the labelled frames; all ids stay, since detections go by those of the frames. A joint's third number says
+that it is labelled, and no more: ours is 2. Boxes are the files', which are the extent of the joints and 15 % of its
+sides at both their ends; a person without one gets the same. `bbox_head` becomes `head_box`, for PCKh.
 
-Persons in the polygons `ignore_regions_x` and `_y` were not annotated: each becomes a box about it that is marked
-iscrowd, with an id above all persons'.
+Persons in the polygons `ignore_regions_x` and `_y` were not annotated: a box about each is marked iscrowd, with an id
+above all persons'. pycocotools lets a pose go unpunished that lies within three times the box's sides about its centre,
+and PoseTrack's own evaluator within the polygon.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ MARGIN = 0.15
 """Of a side of the joints' extent, added at both its ends."""
 
 
-def read_posetrack18(path: Path, pictures: Pictures | None) -> Conversion:
-    """The persons and the ignored regions of the labelled frames, video by video in the order of the files' names.
+def read_posetrack18(path: Path, pictures: Pictures | None, ignore_regions: bool = True) -> Conversion:
+    """The persons and ignored regions of the labelled frames, video by video in the order of the files' names.
 
     Args:
         path: a folder, of which every .json is read, or one file.
         pictures: needed where a file does not give their sizes, as the site's do not; the folder that holds `images`.
+        ignore_regions: whether those become boxes marked iscrowd.
 
     Raises:
         UserError: no such files, a record that is not as described (names it), or an id in two of the files.
@@ -62,7 +64,8 @@ def read_posetrack18(path: Path, pictures: Pictures | None) -> Conversion:
         found.images += part.images
         found.annotations += part.annotations
         found.dropped.update(part.dropped)
-        regions += [(image["id"], box) for image in part.images for box in _regions(frames[image["id"]], file)]
+        if ignore_regions:
+            regions += [(image["id"], box) for image in part.images for box in _regions(frames[image["id"]], file)]
     found.dropped = +found.dropped  # without zeros
     first = max((record["id"] for record in found.annotations), default=0) + 1
     for number, (image_id, box) in enumerate(regions, first):
@@ -83,12 +86,11 @@ def _read_video(file: Path) -> dict[str, Any]:
     data = read_json(file)
     check_lists(file, data)
     for kind in ("images", "annotations"):
-        ids = ("id",) if kind == "images" else ("id", "image_id")
+        fields = ("id",) if kind == "images" else ("id", "image_id")
         for number, record in enumerate(data[kind], 1):
-            if not isinstance(record, dict) or any(type(record.get(field)) is not int for field in ids):
-                raise UserError(
-                    f"{file}: number {number} of its {kind}: expected an object with integer {', '.join(ids)}"
-                )
+            if not isinstance(record, dict) or any(type(record.get(field)) is not int for field in fields):
+                needed = " and ".join(fields)
+                raise UserError(f"{file}: number {number} of its {kind}: expected an object with integer {needed}")
     return data
 
 
