@@ -397,7 +397,8 @@ def test_what_counts_equals_pycocotools_on_a_file_reduced_by_hand(
     by_hand = coco_file(*copy.deepcopy(persons))
     sigmas, poses = list(SIGMAS), results
     if what == "skeleton":  # without paws
-        truth, skeleton = scored_truth(file, shorter := Skeleton("short", ("tail", "nose"), sigmas=(0.2, 0.1))), shorter
+        skeleton = Skeleton("short", ("tail", "nose"), sigmas=(0.2, 0.1))
+        truth = scored_truth(file, skeleton)
         by_hand["categories"][0]["keypoints"] = ["nose", "tail"]
         for record in by_hand["annotations"]:
             del record["keypoints"][3:6]
@@ -416,22 +417,20 @@ def test_what_counts_equals_pycocotools_on_a_file_reduced_by_hand(
     for record in by_hand["annotations"]:
         record["num_keypoints"] = sum(v > 0 for v in record["keypoints"][2::3])
     assert figures(truth, results, skeleton) == by_pycocotools(by_hand, poses, sigmas, capsys)
-    assert truth.protocol["joints_scored" if what == "skeleton" else "joints" if "two" != what else "labelled_joints"]
     counting = [record for record in by_hand["annotations"] if record["num_keypoints"] and not record["iscrowd"]]
     assert truth.counted.ids[truth.counted.persons].tolist() == [record["id"] for record in counting]
 
 
 def test_a_pose_of_an_ignored_person_is_no_false_positive(tmp_path: Path) -> None:
-    """However far off, within the person's surroundings; its joints' distances are not looked at."""
+    """However far from its joints, within its surroundings; one pose of it, as of COCO's unlabelled persons."""
     two = [*THREE[:6], 0.0, 0.0, 0]
-    file = read(tmp_path, person(1, 0, THREE), person(2, 0, two, bbox=[1000.0, 1000.0, 50.0, 50.0]))
-    wrong = pose(0, [1010.0, 1070.0, 1] * 3, score=0.9)
-    for count, expected in ((3, 1.0), (2, 0.0)):
-        truth = scored_truth(file, ANIMAL, labelled_joints=count)
-        assert figures(truth, [pose(0, THREE, 0.5), wrong], ANIMAL)[0] == pytest.approx(expected)
-    elsewhere = pose(0, [3000.0, 3000.0, 1] * 3, score=0.9)
+    file = read(tmp_path, person(1, 0, THREE), person(2, 0, two, bbox=[80.0, 80.0, 10.0, 10.0]))
     truth = scored_truth(file, ANIMAL, labelled_joints=3)
-    assert figures(truth, [pose(0, THREE, 0.5), elsewhere], ANIMAL)[0] == pytest.approx(0.5)
+    right, wrong = pose(0, THREE, 0.5), pose(0, [72.0, 98.0, 1] * 3, 0.9)
+    assert figures(truth, [right, wrong], ANIMAL)[0] == pytest.approx(1.0)
+    assert figures(truth, [right, wrong, wrong], ANIMAL)[0] == pytest.approx(0.5)
+    assert figures(truth, [right, pose(0, [300.0, 300.0, 1] * 3, 0.9)], ANIMAL)[0] == pytest.approx(0.5)
+    assert figures(scored_truth(file, ANIMAL), [right, wrong], ANIMAL)[0] < 0.5  # where the second person counts
 
 
 def test_a_person_that_the_file_ignores_stays_ignored(tmp_path: Path) -> None:
