@@ -2,9 +2,11 @@
 
     python benchmarks/decode.py [--device cuda] [--size 64 48] [--json]
 
-`ours`, `peer` and `ratio` are for flip average, Gaussian filter and parabola (peer: the same steps joint by joint),
-`argmax` holds those of argmax + 0.25 px alone (peer: HRNet's vectorised argmax and loop over the joints). One
-thread on the CPU on both sides; with --device cuda the peer starts, like ours, from maps on the GPU.
+Without --size at 64x48 and at 128x96. `ours`, `peer` and `ratio` are for flip average, Gaussian filter and parabola
+(peer: the same steps joint by joint) at the first size. `argmax`, argmax + 0.25 px, does what its peer does: HRNet's
+vectorised argmax and loop over the joints; `plain`, the parabola without flip and filter, and `paraboloid` and
+`dark` likewise, stand beside that same peer. `further_sizes` holds the second size. One thread on the CPU on both
+sides; with --device cuda the peer starts, like ours, from maps on the GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import cv2
 import numpy as np
 import torch
 
-from poserelay.heatmaps import average_flip, decode, encode
+from poserelay.heatmaps import Refine, average_flip, decode, encode
 
+SIZES = ((64, 48), (128, 96))
 SHIFT, BLUR = 0.75, 1.0
 
 
@@ -72,11 +75,52 @@ def alternately(ours: Callable[[], object], peer: Callable[[], object], repeats:
     return min(seconds[0][1:]), min(seconds[1][1:])
 
 
+def measure(size: tuple[int, int], batch: int, joints: int, repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Persons per second of ours and of its peer, by name."""
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((2, batch, joints, height, width), generator=generator)
+    keypoints = 4 + torch.rand((batch, joints, 2), generator=generator) * torch.tensor([width - 9, height - 9])
+    flip_index = list(range(joints))[::-1]
+    visible = torch.ones(batch, joints)
+    heatmaps = (encode(keypoints, visible, size, 2) + 0.02 * noise[0]).to(device)
+    mirrored = torch.stack((width - 2 + SHIFT - keypoints[..., 0], keypoints[..., 1]), -1)[:, flip_index]
+    of_flipped = (encode(mirrored, visible, size, 2) + 0.02 * noise[1]).to(device)
+
+    def ours_full() -> np.ndarray:
+        return decode(average_flip(heatmaps, of_flipped, flip_index, SHIFT), "parabola", BLUR)[0].cpu().numpy()
+
+    def ours_alone(refine: Refine) -> Callable[[], np.ndarray]:
+        return lambda: decode(heatmaps, refine)[0].cpu().numpy()
+
+    def peer_alone() -> np.ndarray:
+        return peer_argmax(heatmaps.cpu().numpy())
+
+    figures = {
+        "full": (ours_full, lambda: peer_full(heatmaps.cpu().numpy(), of_flipped.cpu().numpy(), flip_index)),
+        "argmax": (ours_alone("quarter"), peer_alone),
+        "plain": (ours_alone("parabola"), peer_alone),
+        "paraboloid": (ours_alone("paraboloid"), peer_alone),
+        "dark": (ours_alone("dark"), peer_alone),
+    }
+    lines = {}
+    for name, (ours, peer) in figures.items():
+        difference = float(np.abs(ours() - peer()).max())
+        ours_seconds, peer_seconds = alternately(ours, peer, repeats)
+        lines[name] = {
+            "ours": round(batch / ours_seconds, 1),
+            "peer": round(batch / peer_seconds, 1),
+            "ratio": round(peer_seconds / ours_seconds, 2),
+            "largest_difference_px": round(difference, 5),
+        }
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 48), help="height and width of the maps")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, nargs=2, help="height and width of the maps; without it 64 48 and 128 96")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--joints", type=int, default=17)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -84,43 +128,16 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
-    height, width = args.size
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((2, args.batch, args.joints, height, width), generator=generator)
-    keypoints = 4 + torch.rand((args.batch, args.joints, 2), generator=generator) * torch.tensor(
-        [width - 9, height - 9]
-    )
-    flip_index = list(range(args.joints))[::-1]
-    visible = torch.ones(args.batch, args.joints)
-    heatmaps = (encode(keypoints, visible, (height, width), 2) + 0.02 * noise[0]).to(args.device)
-    mirrored = torch.stack((width - 2 + SHIFT - keypoints[..., 0], keypoints[..., 1]), -1)[:, flip_index]
-    of_flipped = (encode(mirrored, visible, (height, width), 2) + 0.02 * noise[1]).to(args.device)
-
-    def ours_argmax() -> np.ndarray:
-        return decode(heatmaps, "quarter")[0].cpu().numpy()
-
-    def ours_full() -> np.ndarray:
-        return decode(average_flip(heatmaps, of_flipped, flip_index, SHIFT), "parabola", BLUR)[0].cpu().numpy()
-
-    figures = {
-        "argmax": (ours_argmax, lambda: peer_argmax(heatmaps.cpu().numpy())),
-        "full": (ours_full, lambda: peer_full(heatmaps.cpu().numpy(), of_flipped.cpu().numpy(), flip_index)),
-    }
-    lines = {}
-    for name, (ours, peer) in figures.items():
-        difference = float(np.abs(ours() - peer()).max())
-        ours_seconds, peer_seconds = alternately(ours, peer, args.repeats)
-        lines[name] = {
-            "ours": round(args.batch / ours_seconds, 1),
-            "peer": round(args.batch / peer_seconds, 1),
-            "ratio": round(peer_seconds / ours_seconds, 2),
-            "largest_difference_px": round(difference, 5),
-        }
+    measured = []
+    for height, width in [args.size] if args.size else SIZES:
+        lines = measure((height, width), args.batch, args.joints, args.repeats, args.device)
+        measured.append({**lines.pop("full"), **lines, "size": [height, width]})
         if not args.json:
-            line = lines[name]
-            print(f"{name}: {line['ours']} persons/s against {line['peer']}, {line['ratio']} times as many")
-    setting = {"unit": "persons/s", "device": args.device, "size": [height, width]}
-    print(json.dumps({"benchmark": "decode", **lines["full"], "argmax": lines["argmax"], **setting}))
+            for name, line in {"full": measured[-1], **lines}.items():
+                rates = f"{line['ours']} persons/s against {line['peer']}, {line['ratio']} times as many"
+                print(f"{height}x{width} {name}: {rates}")
+    setting = {"unit": "persons/s", "device": args.device, "batch": args.batch}
+    print(json.dumps({"benchmark": "decode", **measured[0], **setting, "further_sizes": measured[1:]}))
 
 
 if __name__ == "__main__":

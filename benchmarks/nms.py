@@ -1,84 +1,156 @@
-"""OKS-NMS of one image: `poserelay.oks.nms` against HRNet's way, one pose pair after the other, images per second.
+"""OKS-NMS, hard, soft and fusing: `poserelay.oks` on all images at once against loops over images and pairs of poses.
 
-    python benchmarks/nms.py [--poses 20] [--json]
+    python benchmarks/nms.py [--images 500] [--poses 20] [--json]
 
-Poses as a detector leaves them: distinct persons, and a second detection of every tenth. One thread each.
+Poses as a detector leaves them: distinct persons, and a second detection of every tenth. One thread each. The loops are
+HRNet's `oks_nms` and `soft_oks_nms`, and the first with CCM's fusion.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import timeit
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from poserelay.oks import nms
+from poserelay.oks import fuse_poses, nms, soft_nms
 
 THRESHOLD = 0.9
+MAX_POSES = 20
 
 
-def peer_nms(keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> list[int]:
-    order = scores.argsort()[::-1]
-    variances = (2 * sigmas) ** 2
-    keep = []
+def peer_oks(
+    best: int, rest: np.ndarray, keypoints: np.ndarray, areas: np.ndarray, variances: np.ndarray
+) -> np.ndarray:
+    overlaps = np.zeros(len(rest))
+    for row, pose in enumerate(rest):
+        dx = keypoints[pose, :, 0] - keypoints[best, :, 0]
+        dy = keypoints[pose, :, 1] - keypoints[best, :, 1]
+        exponent = (dx**2 + dy**2) / variances / ((areas[best] + areas[pose]) / 2 + np.spacing(1)) / 2
+        overlaps[row] = np.sum(np.exp(-exponent)) / len(exponent)
+    return overlaps
+
+
+def peer_hard(
+    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    order, kept = scores.argsort()[::-1], []
     while len(order):
         best, rest = order[0], order[1:]
-        keep.append(int(best))
-        overlaps = np.zeros(len(rest))
-        for row, pose in enumerate(rest):
-            dx = keypoints[pose, :, 0] - keypoints[best, :, 0]
-            dy = keypoints[pose, :, 1] - keypoints[best, :, 1]
-            exponent = (dx**2 + dy**2) / variances / ((areas[best] + areas[pose]) / 2 + np.spacing(1)) / 2
-            overlaps[row] = np.sum(np.exp(-exponent)) / len(exponent)
+        kept.append(int(best))
+        order = rest[peer_oks(best, rest, keypoints, areas, variances) <= THRESHOLD]
+    return kept, scores[kept]
+
+
+def peer_fuse(
+    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    order, kept, fused = scores.argsort()[::-1], [], []
+    while len(order):
+        best, rest = order[0], order[1:]
+        kept.append(int(best))
+        overlaps = peer_oks(best, rest, keypoints, areas, variances)
+        total, weights = keypoints[best].copy(), 1.0
+        for pose, weight in zip(rest, overlaps, strict=True):
+            if weight > THRESHOLD:
+                total, weights = total + weight * keypoints[pose], weights + weight
+        fused.append(total / weights)
         order = rest[overlaps <= THRESHOLD]
-    return keep
+    return kept, np.array(fused)
+
+
+def peer_soft(
+    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    order, kept, decayed = scores.argsort()[::-1], [], []
+    scores = scores[order]
+    while len(order) and len(kept) < MAX_POSES:
+        best, rest = order[0], order[1:]
+        kept.append(int(best))
+        decayed.append(scores[0])
+        overlaps = peer_oks(best, rest, keypoints, areas, variances)
+        scores = scores[1:] * np.exp(-(overlaps**2) / THRESHOLD)
+        again = scores.argsort()[::-1]
+        order, scores = rest[again], scores[again]
+    return kept, np.array(decayed)
+
+
+def alternately(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """The best seconds of each, taken in turns so that a busy machine hits both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for command, taken in zip((ours, peer), seconds, strict=True):
+            start = time.perf_counter()
+            command()
+            taken.append(time.perf_counter() - start)
+    return min(seconds[0]), min(seconds[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--poses", type=int, default=20)
-    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="only the JSON line")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     rng = np.random.default_rng(0)
     sigmas = np.full(17, 0.07)
-    images = []
-    for _ in range(args.images):
-        poses = rng.uniform(0, 500, (args.poses, 1, 2)) + rng.uniform(-80, 80, (args.poses, 17, 2))
-        again = args.poses // 10
-        poses[:again] = poses[again : 2 * again] + rng.normal(0, 2, (again, 17, 2))
-        images.append((poses, rng.random(args.poses), np.full(args.poses, 160.0**2), sigmas))
-    tensors = [tuple(torch.from_numpy(array) for array in image) for image in images]
-    for image, tensor in zip(images, tensors, strict=True):
-        if peer_nms(*image) != nms(*tensor, threshold=THRESHOLD).tolist():
-            raise SystemExit("the two disagree on the kept poses")
+    variances = (2 * sigmas) ** 2
+    keypoints = rng.uniform(0, 500, (args.images, args.poses, 1, 2)) + rng.uniform(
+        -80, 80, (args.images, args.poses, 17, 2)
+    )
+    again = args.poses // 10
+    keypoints[:, :again] = keypoints[:, again : 2 * again] + rng.normal(0, 2, (args.images, again, 17, 2))
+    scores, areas = rng.random((args.images, args.poses)), np.full((args.images, args.poses), 160.0**2)
+    images = list(zip(keypoints, scores, areas, strict=True))
+    tensors = [torch.from_numpy(array).flatten(0, 1) for array in (keypoints, scores, areas)]
+    image_index = torch.arange(args.images).repeat_interleave(args.poses)
 
-    def ours() -> None:
-        for tensor in tensors:
-            nms(*tensor, threshold=THRESHOLD)
+    def ours_hard() -> tuple[torch.Tensor, torch.Tensor]:
+        kept = nms(*tensors, sigmas.tolist(), THRESHOLD, image_index=image_index)
+        return kept, tensors[1][kept]
 
-    def peer() -> None:
-        for image in images:
-            peer_nms(*image)
+    def ours_fuse() -> tuple[torch.Tensor, torch.Tensor]:
+        fused, kept = fuse_poses(*tensors, sigmas.tolist(), THRESHOLD, image_index=image_index)
+        return kept, fused
 
-    turns = [(timeit.timeit(ours, number=1), timeit.timeit(peer, number=1)) for _ in range(8)]
-    ours_seconds, peer_seconds = (min(seconds) for seconds in zip(*turns[1:], strict=True))
-    line = {
-        "benchmark": "oks_nms",
-        "unit": "images/s",
-        "ours": round(args.images / ours_seconds, 1),
-        "peer": round(args.images / peer_seconds, 1),
-        "ratio": round(peer_seconds / ours_seconds, 2),
-        "poses": args.poses,
-    }
-    if not args.json:
-        milliseconds = [1000 * seconds / args.images for seconds in (ours_seconds, peer_seconds)]
-        print(f"{milliseconds[0]:.3f} ms per image of {args.poses} poses against {milliseconds[1]:.3f} ms")
-    print(json.dumps(line))
+    def ours_soft() -> tuple[torch.Tensor, torch.Tensor]:
+        return soft_nms(*tensors, sigmas.tolist(), THRESHOLD, MAX_POSES, image_index=image_index)
+
+    lines = {}
+    for name, ours, peer in (
+        ("hard", ours_hard, peer_hard),
+        ("soft", ours_soft, peer_soft),
+        ("fuse", ours_fuse, peer_fuse),
+    ):
+        answers = [peer(*image, variances) for image in images]
+        kept, values = ours()
+        expected = [row * args.poses + pose for row, (poses, _) in enumerate(answers) for pose in poses]
+        if kept.tolist() != expected:
+            raise SystemExit(f"{name}: the two disagree on the kept poses")
+        difference = float(np.abs(values.numpy() - np.concatenate([answer for _, answer in answers])).max())
+        if difference > 1e-9:
+            raise SystemExit(f"{name}: the two differ by {difference}")
+        ours_seconds, peer_seconds = alternately(
+            ours, lambda: [peer(*image, variances) for image in images], args.rounds
+        )
+        lines[name] = {
+            "ours": round(args.images / ours_seconds, 1),
+            "peer": round(args.images / peer_seconds, 1),
+            "ratio": round(peer_seconds / ours_seconds, 2),
+        }
+        if not args.json:
+            milliseconds = [1000 * seconds / args.images for seconds in (ours_seconds, peer_seconds)]
+            print(f"{name}: {milliseconds[0]:.3f} ms per image of {args.poses} poses against {milliseconds[1]:.3f} ms")
+    setting = {"unit": "images/s", "images": args.images, "poses": args.poses}
+    print(
+        json.dumps({"benchmark": "oks_nms", **lines["hard"], "soft": lines["soft"], "fuse": lines["fuse"], **setting})
+    )
 
 
 if __name__ == "__main__":

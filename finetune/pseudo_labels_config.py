@@ -25,8 +25,8 @@ class PseudoLabelsConfig:
     boxes: File
     """COCO detections JSON of the persons in them, as `poserelay detect` writes it."""
     out: File
-    """COCO-keypoint JSON to write, for `data.annotations` of training; written at the end, an interrupted command
-    leaves nothing and begins anew."""
+    """COCO-keypoint JSON to write, for `pseudo_labelled.annotations` of `finetune`; written at the end, so that an
+    interrupted command leaves nothing and begins anew."""
     annotations: OptionalFile = None
     """COCO JSON whose `images` list names the pictures that `boxes` are on; null: NAME.images.json beside `boxes`
     NAME.json, as `poserelay detect` writes it for a folder."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from evaluation.config import EmbeddingsConfig, PredictConfig, ReportConfig, TestConfig, TimingConfig, VisualizeConfig
 from finetune.config import FinetuneConfig
+from finetune.pseudo_labels_config import PseudoLabelsConfig
 from poserelay.config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, PrepareConfig, SelectConfig
 from poserelay.synthesize import SynthesizeConfig
 from pretrain.config import PretrainConfig
@@ -38,6 +39,9 @@ COMMANDS = {
     "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "semi": Command(SemiConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "finetune pseudo-labels": Command(
+        PseudoLabelsConfig, "out", "annotations.json", "annotations.json", "annotations.json"
+    ),
     "evaluation test": Command(TestConfig, "out", "", "", "metrics.json"),
     "evaluation timing": Command(TimingConfig, "out", "", "", "timing.json"),
     "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),

@@ -74,11 +74,12 @@ def _value(hint: Any, text: str) -> int | float | str:
         return int(text)
     if kinds == {float} and (DECIMAL.fullmatch(text) or WHOLE.fullmatch(text)):
         return float(text)
-    # A single path: a list of them carries the mark within.
-    texts = set(get_args(getattr(hint, "__origin__", None)) or (getattr(hint, "__origin__", None),))
-    mark = path_mark(hint) if texts <= {str, NoneType} else None
-    if mark is not None and mark.is_path(text) and text.startswith("/") and "${" not in text:
-        return text
+    # A single path, also of a field that takes a list of them: that would not begin with a slash.
+    for single in (hint, *get_args(hint)):
+        origin = getattr(single, "__origin__", None)
+        mark = path_mark(single) if set(get_args(origin) or (origin,)) <= {str, NoneType} else None
+        if mark is not None and mark.is_path(text) and text.startswith("/") and "${" not in text:
+            return text
     raise ValueError(f"{text!r} is to be parsed")
 
 

@@ -262,8 +262,8 @@ class ConvertConfig:
     iou_range: tuple[float, float] | None = None
     """ochuman: only persons with low <= MaxIoU < high, or <= 1: [0.5, 0.75] is moderate, [0.75, 1] hard."""
     ignore_regions: bool = True
-    """posetrack18: its ignored regions as boxes marked iscrowd. For scores with annotated boxes leave them out: COCO's
-    evaluator forgives a wrong pose within twice such a box about its centre, which is most of many frames."""
+    """posetrack18: its ignored regions as boxes marked iscrowd. Set it false to score with annotated boxes: COCO's
+    evaluator forgives wrong poses within three times the sides of such a box, which is most of many frames."""
     max_unreadable: float = 0.01
     """Share of the pictures that may be missing or unreadable, and left out with their persons."""
 

@@ -131,7 +131,11 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
     if blur <= 0:
         return _peaks(heatmaps, refine)
     rows, columns = _blur_matrices(heatmaps, blur)
-    found = [_peaks(_filter(part, rows, columns), refine) for part in heatmaps.split(_persons_in_cache(heatmaps))]
+    found = []
+    for part in heatmaps.split(_persons_in_cache(heatmaps)):
+        # Named, not passed on: what lives into the next turn keeps the allocator from returning its pages in between.
+        filtered = _filter(part, rows, columns)
+        found.append(_peaks(filtered, refine))
     xy, score = zip(*found, strict=True)
     return torch.cat(xy), torch.cat(score)
 
@@ -140,7 +144,7 @@ def _persons_in_cache(heatmaps: Tensor) -> int:
     """How many persons to work on at once, so that on the CPU the maps between two steps do not leave its cache."""
     if heatmaps.device.type != "cpu":
         return max(1, len(heatmaps))
-    return max(1, 2**18 // max(1, math.prod(heatmaps.shape[1:])))
+    return max(1, 2**19 // max(1, math.prod(heatmaps.shape[1:])))
 
 
 def _peaks(heatmaps: Tensor, refine: Refine) -> tuple[Tensor, Tensor]:

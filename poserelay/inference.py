@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -194,24 +193,19 @@ def suppress(poses: Poses, sigmas: Sequence[float], decoding: Decoding) -> Poses
 
     sigmas: `[K]`, of the poses' joints. hard and fuse keep the scores, fuse moves joints, soft lowers scores.
     """
-    by_image: defaultdict[int, list[int]] = defaultdict(list)
-    for row, image_id in enumerate(poses.image_ids):
-        by_image[image_id].append(row)
     keypoints, scores, areas = (torch.from_numpy(a).double() for a in (poses.keypoints, poses.scores, poses.areas))
+    image_index = torch.tensor(poses.image_ids, dtype=torch.long)
     moved, lowered = poses.keypoints.copy(), poses.scores.copy()
-    kept: list[int] = []
-    for rows in by_image.values():
-        group = (keypoints[rows], scores[rows], areas[rows], sigmas, decoding.nms_threshold)
-        if decoding.nms == "soft":
-            order, decayed = oks.soft_nms(*group)
-            lowered[[rows[i] for i in order.tolist()]] = decayed.numpy()
-        elif decoding.nms == "fuse":
-            fused, order = oks.fuse_poses(*group)
-            moved[[rows[i] for i in order.tolist()]] = fused.numpy()
-        else:
-            order = oks.nms(*group)
-        kept += [rows[i] for i in order.tolist()]
-    return replace(poses, keypoints=moved, scores=lowered).take(np.array(sorted(kept), dtype=np.int64))
+    group = (keypoints, scores, areas, sigmas, decoding.nms_threshold)
+    if decoding.nms == "soft":
+        kept, decayed = oks.soft_nms(*group, image_index=image_index)
+        lowered[kept.numpy()] = decayed.numpy()
+    elif decoding.nms == "fuse":
+        fused, kept = oks.fuse_poses(*group, image_index=image_index)
+        moved[kept.numpy()] = fused.numpy()
+    else:
+        kept = oks.nms(*group, image_index=image_index)
+    return replace(poses, keypoints=moved, scores=lowered).take(np.sort(kept.numpy()))
 
 
 def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:

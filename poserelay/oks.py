@@ -54,11 +54,11 @@ def nms(
     image_index `[N]`, integers in any order, tells which image a pose is of; None: all of one. Returns the indices of
     the kept poses, images in rising order and in each the best score first (the earlier of equals).
 
-    Like its siblings below it computes in float64 on the device of the keypoints, all images at once. A pose with a
-    NaN joint or area overlaps no other; a NaN score is the lowest.
+    Like its siblings below it computes in float64 on the device of the poses, all images at once. A pose with a joint
+    or an area of NaN overlaps no other; a score of NaN is the lowest.
     """
     order, filtered_by, _ = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
-    return order[_themselves(filtered_by)]
+    return order[_kept(filtered_by)]
 
 
 def fuse_poses(
@@ -76,11 +76,12 @@ def fuse_poses(
     orders them. CCM calls this Soft-NMS; `soft_nms` is the score decay that goes by that name elsewhere.
     """
     order, filtered_by, weights = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
-    poses, weights = keypoints.detach()[order].double(), weights[:, None, None]
-    totals = torch.zeros_like(poses).index_add_(0, filtered_by, weights * poses)
-    kept = _themselves(filtered_by)
-    fused = totals[kept] / torch.zeros_like(weights).index_add_(0, filtered_by, weights)[kept]
-    return fused.to(keypoints.dtype), order[kept]
+    kept = _kept(filtered_by)
+    target, weight = filtered_by[~kept], weights[~kept, None, None]
+    totals, norms = keypoints.detach()[order].double(), torch.ones_like(weights)[:, None, None]
+    totals.index_add_(0, target, weight * totals[~kept])
+    norms.index_add_(0, target, weight)
+    return (totals[kept] / norms[kept]).to(keypoints.dtype), order[kept]
 
 
 def soft_nms(
@@ -103,7 +104,7 @@ def soft_nms(
     for positions in _batches(image):
         rows = order[positions]
         overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
-        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).exp_()
+        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).exp_()  # by an OKS of 0 not even at 0
         remaining = _numbers(scores[rows])
         best = remaining.new_empty((len(rows), 0), dtype=torch.long)
         for place in positions[:, :max_poses].T:
@@ -111,14 +112,14 @@ def soft_nms(
             last = best[:, -1:]
             decayed[place] = remaining.gather(1, last)[:, 0]
             remaining *= decay.gather(1, last[..., None].expand(-1, 1, rows.shape[1]))[:, 0]
-            remaining.scatter_(1, best, -math.inf)
+            remaining.scatter_(1, best, -math.inf)  # all of them again: times a decay of 0 the earlier are NaN
         taken[positions[:, :max_poses]] = rows.gather(1, best)
     chosen = taken >= 0
     return taken[chosen], decayed[chosen].to(scores.dtype)
 
 
-_AT_ONCE = 2**16
-"""Pairs of poses treated at once: bounds the memory, and on a CPU keeps the work near its caches."""
+_AT_ONCE = 2**14
+"""Pairs of poses treated at once: bounds the memory, and on a CPU keeps the work in its caches."""
 
 
 def _filtered_by(
@@ -149,11 +150,13 @@ def _filtered_by(
     return order, filtered_by, weights
 
 
-def _themselves(filtered_by: Tensor) -> Tensor:
+def _kept(filtered_by: Tensor) -> Tensor:
+    """Which poses `[N]` no other filters, by the positions of `_filtered_by`."""
     return filtered_by == torch.arange(len(filtered_by), device=filtered_by.device)
 
 
 def _numbers(scores: Tensor) -> Tensor:
+    """In float64, NaN as the lowest: sort and argmax take it for the highest."""
     return scores.detach().double().nan_to_num(nan=torch.finfo(torch.float64).min)
 
 

@@ -103,7 +103,7 @@ def scored_truth(
         common, keypoints=np.where(counts[..., None], common.keypoints, 0.0), visibility=np.where(counts, visibility, 0)
     )
     if len(annotations.persons) and not len(counted.persons):
-        kind = "labelled joint" if joints == "all" else f"{joints} joint"
+        kind = "labelled joint" if joints == "all" else f"joint labelled {joints}"
         among = "" if labelled_joints is None else f" among those with {labelled_joints} labelled joints"
         raise UserError(
             f"{annotations.path}: none of its {len(annotations.persons)} persons has a {kind} to score{among}; "

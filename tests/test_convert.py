@@ -15,6 +15,7 @@ from scipy.io import loadmat, savemat
 from poserelay.__main__ import main
 from poserelay.convert import SKELETONS, Pictures, tidy_coco
 from poserelay.convert.mpii import crop_box
+from poserelay.convert.ochuman import max_ious
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.errors import UserError
 from poserelay.geometry import box_to_affine
@@ -598,6 +599,314 @@ def test_crowdpose_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {image["id"]: image["crowdIndex"] for image in images} == crowding
 
 
+# OCHuman
+
+OCHUMAN_JOINTS = [
+    *("right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist", "right_hip"),
+    *("right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "head", "neck", "right_ear", "left_ear"),
+    *("nose", "right_eye", "left_eye"),
+]
+MASK = {"outer": [[5, 5, 9, 5, 9, 9]], "inner": [], "height": 60, "width": 80}
+
+
+def ochuman_person(**fields: Any) -> dict[str, Any]:
+    """A whole person; joint k of the file's lies at (10 + k, 20 + k), with the codes 0, 1, 2, 3 in turn."""
+    keypoints = [value for k in range(19) for value in (10 + k, 20 + k, k % 4)]
+    return {"bbox": [5, 6, 45, 56], "keypoints": keypoints, "segms": MASK, "max_iou": 0.6, **fields}
+
+
+def ochuman_picture(number: str, *people: dict[str, Any]) -> dict[str, Any]:
+    size = {"width": 80, "height": 60}
+    return {"image_id": number, "file_name": f"{number}.jpg", **size, "annotations": list(people)}
+
+
+def ochuman_file(*pictures: dict[str, Any]) -> dict[str, Any]:
+    codes = {"missing": 0, "vis": 1, "self_occluded": 2, "others_occluded": 3}
+    return {"keypoint_names": OCHUMAN_JOINTS, "keypoint_visible": codes, "images": list(pictures)}
+
+
+def as_its_api_has_it(data: dict[str, Any], low: float = 0.0, high: float = 1.0) -> list[dict[str, Any]]:
+    """Persons as OCHumanApi's toCocoFormart writes them, without masks and with the file names instead of its ids."""
+    written = []
+    for picture in sorted(data["images"], key=lambda picture: picture["image_id"]):
+        for person in picture["annotations"]:
+            if not person["keypoints"] or not person["segms"] or not low <= person["max_iou"] < high:
+                continue
+            x1, y1, x2, y2 = person["bbox"]
+            keypoints, count = [], 0
+            for joint in load_skeleton("coco17").joints:
+                start = 3 * OCHUMAN_JOINTS.index(joint)
+                x, y, v = person["keypoints"][start : start + 3]
+                count += v in (1, 2, 3)
+                keypoints += [x, y, {0: 0, 1: 2, 2: 2, 3: 1}[v]] if v else [0, 0, 0]
+            box, area = [x1, y1, x2 - x1, y2 - y1], (x2 - x1) * (y2 - y1)
+            fields = {"bbox": box, "area": area, "keypoints": keypoints, "num_keypoints": count, "iscrowd": 0}
+            written.append({"file": picture["file_name"], **fields})
+    return written
+
+
+def named(tmp_path: Path) -> list[dict[str, Any]]:
+    """The records of out.json with their file names instead of ids."""
+    images = json.loads((tmp_path / "out.json").read_text())["images"]
+    names = {image["id"]: image["file_name"] for image in images}
+    kept = ("bbox", "area", "keypoints", "num_keypoints", "iscrowd")
+    return [{"file": names[r["image_id"]]} | {field: r[field] for field in kept} for r in records(tmp_path)]
+
+
+def test_ochuman(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ochuman_file(
+        ochuman_picture("000020", ochuman_person(max_iou=0.75), ochuman_person(bbox=[0, 0, 10, 20], max_iou=0.5)),
+        ochuman_picture("000007", ochuman_person(keypoints=None), ochuman_person(max_iou=0.7499)),
+        ochuman_picture("000009", ochuman_person(segms=None), ochuman_person(keypoints=None)),
+        ochuman_picture("000030", ochuman_person(max_iou=0.1)),
+    )
+    source = written(tmp_path, data)
+    found = converted("ochuman", source, tmp_path)
+    assert found.file_names == ["000007.jpg", "000020.jpg", "000030.jpg"]
+    assert (found.image_ids, found.ids.tolist()) == ([1, 2, 3], [1, 2, 3, 4])
+    assert named(tmp_path) == as_its_api_has_it(data)
+    assert found.areas.tolist() == [2000, 2000, 200, 2000]  # the whole box
+    report = capsys.readouterr().err
+    assert "left out: 1 persons without joints and a mask" in report
+    assert "left out: 1 pictures without a person with joints and a mask" in report
+
+    moderate = converted("ochuman", source, tmp_path, None, "--iou_range", "[0.5,0.75]")
+    assert named(tmp_path) == as_its_api_has_it(data, 0.5, 0.75)
+    # The ids of the whole file, so that its detections serve.
+    assert (moderate.image_ids, moderate.ids.tolist()) == ([1, 2], [1, 3])
+    report = capsys.readouterr().err
+    assert "left out: 2 persons with a MaxIoU outside [0.5, 0.75)" in report
+    assert "left out: 1 pictures without a person in that range" in report
+    converted("ochuman", source, tmp_path, None, "--iou_range", "[0.75,1]")
+    assert named(tmp_path) == as_its_api_has_it(data, 0.75, 1)
+    capsys.readouterr()
+    message = refusal(capsys, "ochuman", source, tmp_path / "no.json", None, "--iou_range", "[0.9,1]")
+    assert "no person left to convert" in message
+
+
+def test_ochuman_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """val is the first 2,500 pictures with a whole person, by id; each split's ids count from 1."""
+    pictures = [ochuman_picture(f"{number:06d}", ochuman_person()) for number in range(2503, 0, -1)]
+    pictures[2000]["annotations"] = []
+    source = written(tmp_path, ochuman_file(*pictures))  # picture 503 has nobody
+    out = tmp_path / "out.json"
+    assert convert("ochuman", source, out, None, "--split", "val") == 0
+    val = read_coco(out)
+    assert (len(val.ids), val.file_names[0], val.file_names[-1]) == (2500, "000001.jpg", "002501.jpg")
+    assert "000503.jpg" not in val.file_names
+    assert convert("ochuman", source, out, None, "--split", "test") == 0
+    test = read_coco(out)
+    assert (test.file_names, test.image_ids, test.ids.tolist()) == (["002502.jpg", "002503.jpg"], [1, 2], [1, 2])
+    assert "left out: 2500 pictures of the other split" in capsys.readouterr().err
+    # What it wrote is a COCO file, which is one part, and stays as it is.
+    again = tmp_path / "again.json"
+    assert "is no ochuman.json but one part" in refusal(capsys, "ochuman", out, again, None, "--split", "val")
+    assert convert("ochuman", out, again) == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_ochuman_overlaps_are_computed_where_they_are_not_stated(tmp_path: Path) -> None:
+    # The first two share 30 x 10 of 500: IoU 0.6. The third, who has no mask, lies within the second: 250 of 400.
+    boxes = [[0, 0, 40, 10], [10, 0, 50, 10], [20, 0, 45, 10]]
+    people = [ochuman_person(bbox=box) for box in boxes]
+    people[2]["segms"] = None
+    for person in people[:2]:
+        del person["max_iou"]
+    source = written(tmp_path, ochuman_file(ochuman_picture("000001", *people)))
+    found = converted("ochuman", source, tmp_path, None, "--iou_range", "[0.6,0.62]")
+    assert found.ids.tolist() == [1]
+    found = converted("ochuman", source, tmp_path, None, "--iou_range", "[0.62,1]")
+    assert found.ids.tolist() == [2]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 2, *[st.integers(1, 9)] * 2), max_size=5))
+def test_max_iou_is_that_of_the_boxes_as_pixels(boxes: list[tuple[int, int, int, int]]) -> None:
+    pixels = [{(x, y) for x in range(a, a + w) for y in range(b, b + h)} for a, b, w, h in boxes]
+    expected = [
+        max((len(one & other) / len(one | other) for j, other in enumerate(pixels) if i != j), default=0.0)
+        for i, one in enumerate(pixels)
+    ]
+    assert max_ious(boxes) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("keypoint_names", 0), "tail", "keypoint_names without COCO's 17 joints"),
+        (("images",), {}, "no list images"),
+        (("images", 0), [], "picture number 1: expected an object with image_id"),
+        (("images", 1, "image_id"), "000001", "picture number 2: image_id '000001' appears twice"),
+        (("images", 1, "image_id"), 2, "picture number 2: image_id 2 appears twice, or is of another kind"),
+        (("images", 0, "annotations"), None, "picture number 1 (000001): field annotations: expected a list"),
+        (("images", 0, "annotations", 0), 5, "picture number 1 (000001): field annotations: expected a list"),
+        (("images", 0, "width"), None, "picture 000001: fields width and height: found null among"),
+        (("images", 0, "annotations", 0, "bbox"), [1, 2], "picture 000001, person 1: field bbox: found [1, 2]"),
+        (("images", 0, "annotations", 0, "keypoints"), [1], "picture 000001, person 1: field keypoints: found [1]"),
+        (("images", 0, "annotations", 0, "keypoints", 2), 4, "field keypoints: a visibility is not 0, 1, 2 or 3"),
+    ],
+)  # fmt: skip
+def test_bad_ochuman_records_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: tuple[Any, ...], value: Any, message: str
+) -> None:
+    pictures = [ochuman_picture(number, ochuman_person()) for number in ("000001", "000002")]
+    data: Any = json.loads(json.dumps(ochuman_file(*pictures)))
+    target = data
+    for key in where[:-1]:
+        target = target[key]
+    target[where[-1]] = value
+    assert message in refusal(capsys, "ochuman", written(tmp_path, data), tmp_path / "out.json")
+
+
+@needs_data
+def test_ochuman_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two pairs of the sample overlap by 0.588 and 0.781; of their boxes the areas are the whole."""
+    source = real("samples", "ochuman", "test_ochuman.json")
+    before = read_coco(source)
+    found = converted("ochuman", source, tmp_path)
+    for field in ("ids", "boxes", "areas", "keypoints", "visibility"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(before, field))
+    np.testing.assert_array_equal(found.areas, found.boxes[:, 2] * found.boxes[:, 3])
+    assert converted("ochuman", source, tmp_path, None, "--iou_range", "[0.5,0.75]").ids.tolist() == [2, 3]
+    assert converted("ochuman", source, tmp_path, None, "--iou_range", "[0.75,1]").ids.tolist() == [4, 5]
+    assert "MaxIoU is of the boxes in this file" in capsys.readouterr().err
+
+
+# PoseTrack18
+
+
+def posetrack_frame(number: int, **fields: Any) -> dict[str, Any]:
+    """A frame as the site has it: without its size."""
+    name = f"images/val/{number // 10:06d}_mpii_test/{number % 10:06d}.jpg"
+    return {"id": number, "frame_id": number, "file_name": name, "vid_id": "1", "is_labeled": True, **fields}
+
+
+def posetrack_person(number: int, **fields: Any) -> dict[str, Any]:
+    """Joints at (20 + k, 10 + 2k), the ears not labelled."""
+    keypoints = [v for k in range(17) for v in ((0, 0, 0) if k in (3, 4) else (20 + k, 10 + 2 * k, 1))]
+    placed = {"bbox": [1, 2, 30, 40], "bbox_head": [20, 8, 3, 4], "track_id": 0, "scores": [], "category_id": 1}
+    return {"id": number, "image_id": number // 100, "keypoints": keypoints, **placed, **fields}
+
+
+def posetrack_folder(tmp_path: Path) -> Path:
+    """Two videos: a labelled frame each and another, four persons that can be used and an ignored region."""
+    joints = list(load_skeleton("posetrack18").joints)
+    regions = {"ignore_regions_x": [[5, 20, 10], []], "ignore_regions_y": [[1, 7, 31], []]}
+    single = posetrack_person(1004)
+    single |= {"bbox": None, "keypoints": [*single["keypoints"][:3], *[0, 0, 0] * 16]}
+    boxless = posetrack_person(1001, bbox_head=[0, 0, 0, 0])
+    del boxless["bbox"]
+    videos = {
+        "000001_mpii_test.json": (
+            [posetrack_frame(10, **regions), posetrack_frame(11, is_labeled=False, **regions)],
+            [posetrack_person(1000), boxless, posetrack_person(1100), single],
+        ),
+        "000002_mpii_test.json": (
+            [posetrack_frame(20, width=64, height=48), posetrack_frame(21)],
+            [posetrack_person(2000, keypoints=[0] * 51), posetrack_person(2001), posetrack_person(2100)],
+        ),
+    }
+    folder = tmp_path / "val"
+    folder.mkdir()
+    category = {"id": 1, "name": "person", "keypoints": joints, "skeleton": [[16, 14]]}
+    for name, (frames, people) in videos.items():
+        content = {"images": frames, "annotations": people, "categories": [category]}
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    for name, size in (("000001_mpii_test/000000.jpg", (90, 60)), ("000002_mpii_test/000000.jpg", (9, 9))):
+        (tmp_path / "images" / "val" / name).parent.mkdir(parents=True)
+        picture(tmp_path / "images" / "val" / name.split("/")[0], "000000.jpg", size)
+    return folder
+
+
+def test_posetrack18(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = posetrack_folder(tmp_path)
+    found = converted("posetrack18", folder, tmp_path, tmp_path, "--max_unreadable", 0.5)
+    assert found.image_ids == [10, 20]  # 21's picture is missing
+    np.testing.assert_array_equal(found.image_sizes, [[60, 90], [48, 64]])  # the file's own where it says them
+    assert found.ids.tolist() == [1000, 1001, 2000, 2001, 2002]
+    assert found.iscrowd.tolist() == [False] * 4 + [True]
+    # Joints reach over (20, 10) to (36, 42); 15 % of 16 and 32 are 2.4 and 4.8. The region is a triangle.
+    np.testing.assert_allclose(found.boxes[[0, 1, 4]], [[1, 2, 30, 40], [17.6, 5.2, 20.8, 41.6], [5, 1, 15, 30]])
+    np.testing.assert_array_equal(found.visibility[0], [2, 2, 2, 0, 0] + [2] * 12)
+    assert found.keypoints[0, 16].tolist() == [36, 42]
+    assert found.visibility[2].sum() == 0
+    np.testing.assert_allclose(found.head_sizes, [3, np.nan, 3, 3, np.nan])  # 0.6 of 5
+    report = capsys.readouterr().err
+    for line in (
+        "2 pictures, 5 persons, 3 of them with labelled joints",
+        "left out: 1 frames that are not labelled",
+        "left out: 1 persons on a frame that is not labelled",
+        "left out: 1 pictures that are missing or unreadable",
+        "left out: 1 persons on a picture that is missing or unreadable",
+        "left out: 1 persons without two labelled joints, which have no box",
+        "1 of the persons are marked iscrowd",
+    ):
+        assert line in report
+    more = ("--max_unreadable", 0.5, "--ignore_regions", "false")
+    assert converted("posetrack18", folder, tmp_path, tmp_path, *more).ids.tolist() == [1000, 1001, 2000, 2001]
+
+
+def test_posetrack18_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = posetrack_folder(tmp_path), tmp_path / "out.json"
+    assert "does not say how large its pictures are" in refusal(capsys, "posetrack18", folder, out)
+    inside = folder / "out.json"
+    assert "is in the folder that --annotations reads" in refusal(capsys, "posetrack18", folder, inside, tmp_path)
+    assert "no .json in it" in refusal(capsys, "posetrack18", tmp_path / "images", out, tmp_path)
+    copy = folder / "copy.json"
+    first = folder / "000001_mpii_test.json"
+    copy.write_bytes(first.read_bytes())
+    message = refusal(capsys, "posetrack18", folder, out, tmp_path, "--max_unreadable", 0.5)
+    assert f"{copy}: image 10 is in {first} as well" in message
+    copy.unlink()
+    original = json.loads(first.read_text())
+    for kind, field, value, expected in (
+        ("images", "id", "10", "number 1 of its images: expected an object with integer id"),
+        ("images", "file_name", 3, "image 10: field file_name: found 3"),
+        ("images", "ignore_regions_x", [[1, 2, 3]], "image 10: fields ignore_regions_x and ignore_regions_y: expected"),
+        ("images", "ignore_regions_x", [[1, 2], []], "ignore_regions_y: found [1, 7, 31], expected 2 numbers"),
+        ("images", "ignore_regions_x", [5, 6], "image 10: fields ignore_regions_x and ignore_regions_y: expected"),
+        ("annotations", "image_id", None, "number 1 of its annotations: expected an object with integer id and"),
+        ("annotations", "bbox", [1, 2], "annotation 1000: field bbox: found [1, 2]"),
+        ("annotations", "bbox_head", [1, 2], "annotation 1000: field bbox_head: found [1, 2]"),
+        ("annotations", "keypoints", [1, 2], "annotation 1000: field keypoints: found [1, 2]"),
+        ("categories", "keypoints", ["nose"], "has other joints (nose) than posetrack18"),
+    ):  # fmt: skip
+        data = json.loads(json.dumps(original))
+        data[kind][0][field] = value
+        first.write_text(json.dumps(data))
+        message = refusal(capsys, "posetrack18", folder, out, tmp_path, "--max_unreadable", 1)
+        assert expected in message
+        assert first.name in message
+
+
+@needs_data
+def test_posetrack18_real(tmp_path: Path) -> None:
+    """The folder of videos and mmpose's file of the same frames agree; boxes without the files' are the files'."""
+    source = real("samples", "posetrack18", "annotations", "val")
+    found = converted("posetrack18", source, tmp_path)
+    assert (len(found.image_ids), len(found.persons), int(found.iscrowd.sum())) == (3, 14, 15)
+    assert found.visibility[:, 3:5].sum() == 0  # the ears
+    (tmp_path / "videos").mkdir()
+    for file in source.iterdir():
+        data = json.loads(file.read_text())
+        for record in data["annotations"]:
+            del record["bbox"]
+        for record in data["images"]:
+            del record["width"], record["height"]
+        (tmp_path / "videos" / file.name).write_text(json.dumps(data))
+    derived = converted("posetrack18", tmp_path / "videos", tmp_path, real("samples", "posetrack18"))
+    np.testing.assert_allclose(derived.boxes, found.boxes, rtol=1e-9)
+    np.testing.assert_array_equal(derived.image_sizes, found.image_sizes)
+
+    def by_id(annotations: CocoAnnotations) -> list[Any]:
+        parts = (annotations.boxes, annotations.keypoints, annotations.visibility)
+        return sorted([number, *(part[row].tolist() for part in parts)] for row, number in enumerate(annotations.ids))
+
+    one = converted("posetrack18", source.parent / "test_posetrack18_val.json", tmp_path)
+    assert by_id(one)[:14] == by_id(found)[:14]
+    assert sorted(one.boxes[one.iscrowd].tolist()) == sorted(found.boxes[found.iscrowd].tolist())
+
+
 # The command
 
 
@@ -614,7 +923,13 @@ def test_out_is_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_fields_that_do_not_belong_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = written(tmp_path, crowdpose_file()), tmp_path / "out.json"
-    assert "only lsp's file holds two parts" in refusal(capsys, "crowdpose", source, out, None, "--split", "test")
+    assert "only lsp has train and test" in refusal(capsys, "crowdpose", source, out, None, "--split", "test")
+    for dataset, split in (("lsp", "val"), ("ochuman", "train"), ("posetrack18", "val")):
+        assert f"split is {split}, but" in refusal(capsys, dataset, source, out, None, "--split", split)
+    for dataset, value in (("crowdpose", "[0.5,0.75]"), ("ochuman", "[0.75,0.5]"), ("ochuman", "[0.5,1.5]")):
+        message = refusal(capsys, dataset, source, out, None, "--iou_range", value)
+        assert "expected ochuman's MaxIoU, 0 <= low < high <= 1" in message
+    assert "they are posetrack18's" in refusal(capsys, "aic", source, out, None, "--ignore_regions", "false")
     assert "they are mpii's" in refusal(capsys, "aic", source, out, None, "--head_boxes", "x.mat")
     for dataset, value in (("mpii", [listed("a.jpg")]), ("aic", aic_list())):
         message = refusal(capsys, dataset, written(tmp_path, value, f"{dataset}.json"), out)

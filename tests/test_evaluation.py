@@ -116,6 +116,153 @@ def test_scoring_the_written_predictions_gives_the_same_numbers(files: Path, box
         assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
 
 
+def with_a_tail(files: Path) -> Path:
+    """Persons near what the model predicts; a joint that it does not have, one of its own missing, another order."""
+    test.main(config_for_test(files, baseline_annotations=None))
+    predicted = json.loads((files / "out" / "predictions.json").read_text())
+    truth = json.loads((files / "val.json").read_text())
+    truth["categories"][0]["keypoints"] = ["right_foot", "tail", "head"]
+    for number, (person, record) in enumerate(zip(truth["annotations"], predicted, strict=True)):
+        head, _, foot = np.reshape(record["keypoints"], (3, 3))[:, :2] + [3 * number, 2]
+        person["keypoints"] = [*foot, 2, *head, 2, *head, 1]
+    truth["annotations"][2]["keypoints"][:3] = [0, 0, 0]
+    truth["annotations"][-1]["keypoints"] = [0, 0, 0, 20.0, 90.0, 2, 0, 0, 0]  # nothing but a tail
+    return write(files / "tail.json", truth)
+
+
+@pytest.mark.parametrize("boxes", ["gt", "detections"])
+def test_a_model_of_other_joints_is_scored_on_the_common_ones(files: Path, boxes: str) -> None:
+    """`score` finds the same in the written file, which has the annotations' joints; and so does a file without tails
+    with the results cut by hand."""
+    truth = with_a_tail(files)
+    chosen = "gt" if boxes == "gt" else str(detections(files))
+    report = test.main(config_for_test(files, annotations=str(truth), boxes=chosen, baseline_annotations=str(truth)))
+    expected = {"joints_scored": 2, "unscored": ["tail"], "not_in_file": ["left_foot"], "instances": 3}
+    assert expected.items() <= report["protocol"].items()
+    assert report["metrics"].keys() >= {"PCK/head", "PCK/right_foot", "mean pose AP"}
+    assert "PCK/tail" not in report["metrics"]
+    written = json.loads((files / "out" / "predictions.json").read_text())
+    assert all(record["keypoints"][3:6] == [0, 0, 0] and record["keypoints"][0] != 0 for record in written)
+
+    skeleton = str(write(files / "skeleton.yaml", SKELETON.to_dict()))
+    asked = fields.ScoreConfig(str(truth), str(files / "out" / "predictions.json"), skeleton=skeleton)
+    scored = {metric: score.main(replace(asked, metric=metric)) for metric in ("oks", "pck")}
+    for found in scored.values():
+        assert found["metrics"] == {name: report["metrics"][name] for name in found["metrics"]}
+        assert expected.items() <= found["protocol"].items()
+    assert len(scored["pck"]["metrics"]) == 3
+
+    cut = json.loads(truth.read_text())
+    cut["categories"][0]["keypoints"] = ["right_foot", "head"]
+    for record in [*cut["annotations"], *written]:
+        del record["keypoints"][3:6]
+        record["num_keypoints"] = sum(v > 0 for v in record["keypoints"][2::3])
+    two = str(write(files / "two.yaml", {"name": "two", "joints": ["right_foot", "head"], "sigmas": [0.1, 0.1]}))
+    by_hand = replace(
+        asked,
+        annotations=str(write(files / "cut.json", cut)),
+        predictions=str(write(files / "results.json", written)),
+        skeleton=two,
+    )
+    assert score.main(by_hand)["metrics"] == scored["oks"]["metrics"]
+    assert 0 < scored["oks"]["metrics"]["AP"] < 1
+
+
+def test_labels_are_chosen_alike_by_test_and_score(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = json.loads((files / "val.json").read_text())
+    truth["annotations"][0]["keypoints"][5] = 0  # the left foot, so that this person has two labels
+    annotations = str(write(files / "some.json", truth))
+    asked = config_for_test(files, annotations=annotations, boxes=str(detections(files)), joints="invisible")
+    report = test.main(replace(asked, labelled_joints=3))
+    assert report["metrics"]["mean pose PCK/right_foot"] == pytest.approx(1 / 3)  # two of three were not detected
+    assert report["metrics"]["PCK/head"] is None
+    assert {"joints": "invisible", "labelled_joints": 3, "instances": 3}.items() <= report["protocol"].items()
+    capsys.readouterr()
+    skeleton = str(write(files / "skeleton.yaml", SKELETON.to_dict()))
+    arguments = ["score", "--annotations", annotations, "--predictions", str(files / "out" / "predictions.json")]
+    arguments += ["--skeleton", skeleton, "--joints", "invisible", "--labelled_joints", "3", "--json"]
+    for metric in ("oks", "pck"):
+        assert main([*arguments, "--metric", metric]) == 0
+        scored = json.loads(capsys.readouterr().out)
+        assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
+        assert {"joints": "invisible", "labelled_joints": 3, "instances": 3}.items() <= scored["protocol"].items()
+    assert main([*arguments[:-2], "1"]) == 2
+    assert "some.json: none of its 4 persons has a joint labelled invisible to score among" in capsys.readouterr().err
+    assert main([*arguments[:-2], "0"]) == 2
+    assert "labelled_joints is 0, expected" in capsys.readouterr().err
+
+
+def hidden_file(files: Path, **category: Any) -> str:
+    truth = json.loads((files / "val.json").read_text())
+    kept = {"images": truth["images"], "categories": [{"id": 1, "name": "stick", **category}]}
+    return str(write(files / "image_info.json", kept))
+
+
+def test_a_hidden_test_set_is_predicted_and_not_scored(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same poses as with the truth at hand, and a file without metrics that says why."""
+    boxes = str(detections(files))
+    test.main(config_for_test(files, boxes=boxes, baseline_annotations=None))
+    expected = json.loads((files / "out" / "predictions.json").read_text())
+    capsys.readouterr()
+    hidden = config_for_test(files, annotations=hidden_file(files), boxes=boxes, baseline_annotations=None)
+    report = test.main(replace(hidden, out=str(files / "hidden")))
+    printed = capsys.readouterr().out
+    assert f"image_info.json holds no annotations: nothing is scored. {len(expected)} poses are in" in printed
+    assert json.loads((files / "hidden" / "predictions.json").read_text()) == expected
+    assert json.loads((files / "hidden" / "metrics.json").read_text()) == report
+    assert report["metrics"] == {}
+    protocol = {
+        "truth": "hidden, nothing is scored",
+        "boxes": "detections.json",
+        "instances": None,
+        "split": "image_info",
+    }
+    assert protocol.items() <= report["protocol"].items()
+
+    turned = hidden_file(files, id=1, keypoints=["right_foot", "tail", "head"])  # it says which joints it wants
+    test.main(replace(hidden, annotations=turned, out=str(files / "turned")))
+    written = json.loads((files / "turned" / "predictions.json").read_text())
+    whole = np.reshape([record["keypoints"] for record in expected], (-1, 3, 3))
+    np.testing.assert_array_equal(
+        np.reshape([record["keypoints"] for record in written], (-1, 3, 3)),
+        np.stack([whole[:, 2], np.zeros_like(whole[:, 0]), whole[:, 0]], axis=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": "gt"}, "give boxes, a COCO detections JSON, and out"),
+        ({"out": None}, "give boxes, a COCO detections JSON, and out"),
+        ({"joints": "visible"}, "leave out baseline_annotations, joints and labelled_joints"),
+    ],
+)
+def test_a_hidden_test_set_needs_boxes_and_a_folder(files: Path, changes: dict[str, Any], message: str) -> None:
+    given = {"boxes": str(detections(files)), "baseline_annotations": None, **changes}
+    with pytest.raises(UserError, match=rf"image_info\.json: holds no annotations.*{message}"):
+        test.main(config_for_test(files, annotations=hidden_file(files), **given))
+
+
+def test_several_checkpoints_are_an_ensemble(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean of a model and its twin is the model; a changed file of a run is refused wherever it stands."""
+    alone = test.main(config_for_test(files, baseline_annotations=None))
+    expected = json.loads((files / "out" / "predictions.json").read_text())
+    shutil.copy(files / "model.safetensors", files / "twin.safetensors")
+    both = [str(files / "model.safetensors"), str(files / "twin.safetensors")]
+    together = test.main(config_for_test(files, checkpoint=both, baseline_annotations=None))
+    assert json.loads((files / "out" / "predictions.json").read_text()) == expected
+    assert together == {**alone, "protocol": {**alone["protocol"], "ensemble": 2}}
+    export = files / "run" / "export"
+    export.mkdir(parents=True)
+    (files / "run" / "config.yaml").touch()
+    shutil.copy(files / "model.safetensors", export / "model.safetensors")
+    arguments = ["--annotations", str(files / "val.json"), "--images", str(files / "images"), "--checkpoint"]
+    assert main(["test", *arguments, json.dumps([both[0], str(export / "model.safetensors")])]) == 2
+    assert "has not finished" in capsys.readouterr().err
+    assert main(["test", *arguments, "[]"]) == 2
+    assert "checkpoint is an empty list" in capsys.readouterr().err
+
+
 def test_report_holds_the_protocol_and_the_mean_pose(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = test.main(config_for_test(files, json=True, decoding=Decoding(refine="parabola")))
     assert json.loads(capsys.readouterr().out) == report
@@ -242,6 +389,8 @@ def test_pckh_of_mpii_files_from_the_command_line(capsys: pytest.CaptureFixture[
     assert "PCKh@0.5           0.82110\n" in capsys.readouterr().out
     assert main(arguments) == 2
     assert "are scored by --metric pckh, not oks" in capsys.readouterr().err
+    assert main([*arguments, "--metric", "pckh", "--labelled_joints", "16"]) == 2
+    assert "joints and labelled_joints choose among the labels of COCO JSON" in capsys.readouterr().err
 
 
 def test_pckh_without_heads_or_of_mixed_files_ends_with_exit_2(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

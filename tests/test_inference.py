@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,34 @@ def test_suppression_keeps_the_order_and_the_best_of_each_cluster() -> None:
     assert kept.keypoints[:, 0, 0].tolist() == [500.0, 0.5, 0.0]
     assert [record["score"] for record in to_results(kept, 1)] == [0.2, 0.9, 0.1]
     assert suppress(poses.take(np.array([], dtype=int)), SKELETON.sigmas, Decoding()).image_ids == []
+
+
+@pytest.mark.parametrize(
+    ("method", "places", "scores"),
+    [
+        ("hard", [500.0, 0.0, 0.0], [0.2, 0.9, 0.1]),
+        ("fuse", [500.0, 1 / 3, 0.0], [0.2, 0.9, 0.1]),
+        ("soft", [0.0, 500.0, 0.0, 0.0, 1.0], [0.3 * math.exp(-2), 0.2, 0.9, 0.1, 0.5 * math.exp(-1)]),
+    ],
+)
+def test_suppression_by_hand(method: Any, places: list[float], scores: list[float]) -> None:
+    """OKS is 1 among three poses of image 7 (areas are vast) and 0 elsewhere; image 3 stands between its poses."""
+    poses = Poses(
+        keypoints=np.zeros((5, 3, 2)) + np.array([0.0, 500.0, 0.0, 0.0, 1.0])[:, None, None],
+        joint_scores=np.ones((5, 3)),
+        scores=np.array([0.3, 0.2, 0.9, 0.1, 0.5]),
+        boxes=np.arange(20.0).reshape(5, 4),
+        areas=np.array([1e12, 1e-6, 1e12, 1e12, 1e12]),
+        image_ids=[7, 3, 7, 3, 7],
+        annotation_ids=[0, 1, 2, 3, 4],
+    )
+    kept = suppress(poses, SKELETON.sigmas, Decoding(nms=method, nms_threshold=1.0 if method == "soft" else 0.9))
+    np.testing.assert_allclose(kept.keypoints, np.zeros((len(places), 3, 2)) + np.reshape(places, (-1, 1, 1)))
+    np.testing.assert_allclose(kept.scores, scores)
+    assert kept.annotation_ids == ([0, 1, 2, 3, 4] if method == "soft" else [1, 2, 3])
+    assert kept.image_ids == [poses.image_ids[row or 0] for row in kept.annotation_ids]
+    assert poses.scores.tolist() == [0.3, 0.2, 0.9, 0.1, 0.5]
+    assert poses.keypoints[2].max() == 0
 
 
 def test_padding_matches_the_dataset() -> None:

@@ -34,6 +34,56 @@ def test_macs_are_as_hrnets_table_prints_them(backbone: str, head: str, printed:
     assert figures["joints"] == "coco17"
 
 
+def ccm(backbone: str, size: tuple[int, int] = (256, 192), *, dilated: bool = False, **kwargs: object) -> ModelConfig:
+    own: dict[str, object] = {"output_stride": 16} if dilated else {}
+    return ModelConfig(Named(backbone, own), Named("ccm", kwargs), skeleton="coco17", input=InputConfig(*size))
+
+
+@pytest.mark.parametrize(
+    ("config", "counted", "printed", "output"),
+    [
+        (ccm("resnet50", dilated=True), "training", 40.7, [17, 128, 96]),
+        (ccm("resnext50_32x4d", dilated=True), "training", 40.1, [17, 128, 96]),
+        (ccm("resnet152", (384, 288), channels=[128, 96, 64]), "training", 63.5, [17, 96, 72]),
+        (ccm("hrnet_w32", channels=[32]), "inference", 28.6, [17, 128, 96]),
+        (ccm("hrnet_w32", channels=[32, 32], upsampling_mixers=1), "inference", 28.58, [17, 128, 96]),
+        (ccm("hrnet_w32", channels=[32, 32, 32], upsampling_mixers=1), "inference", 28.6, [17, 128, 96]),
+        (ccm("hrnet_w48", (384, 288), channels=[48]), "inference", 63.7, [17, 192, 144]),
+        # Printed as 10.1, which 10.131 rounds to: 0.31 % apart.
+        (ccm("mobilenetv2_100"), "inference", 10.13, [17, 64, 48]),
+        (ccm("shufflenet_v2_x1_5"), "inference", 9.72, [17, 64, 48]),
+    ],
+)
+def test_ccm_has_the_parameters_of_its_tables(
+    config: ModelConfig, counted: str, printed: float, output: list[int]
+) -> None:
+    figures = inspect_model(config)
+    assert figures[f"parameters_{counted}"] / 1e6 == pytest.approx(printed, rel=0.003)
+    assert figures["output"] == output
+
+
+@pytest.mark.parametrize(
+    ("backbone", "width", "printed", "gflops"), [("hrnet_w32", 32, 27e3, 7.92), ("hrnet_w48", 48, 61e3, 36.6)]
+)
+def test_what_ccm_adds_to_hrnet(backbone: str, width: int, printed: float, gflops: float) -> None:
+    size = (256, 192) if width == 32 else (384, 288)
+    figures = inspect_model(ccm(backbone, size, channels=[width]))
+    plain = inspect_model(pose(backbone, "hrnet"))
+    assert figures["parameters_inference"] - plain["parameters_inference"] == pytest.approx(printed, rel=0.02)
+    assert figures["macs_deconv_at_output"] / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+def test_the_rows_of_ccms_ablation_are_apart() -> None:
+    """Table 2: with neither branch CCM is SimpleBaseline, parameter by parameter."""
+    off = {"se": False, "hdc": False, "auxiliary": False}
+    plain = inspect_model(pose("resnet50", "simple"))
+    assert inspect_model(ccm("resnet50", **off)) == plain
+    grown = [inspect_model(ccm("resnet50", **{**off, name: True})) for name in off]
+    assert len({figures["parameters_training"] for figures in [plain, *grown]}) == 4
+    assert grown[2]["parameters_inference"] == plain["parameters_inference"]
+    assert inspect_model(ccm("resnet50", dilated=True, **off))["output"] == [17, 128, 96]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_a_backbone_costs_what_torchvision_publishes(name: str) -> None:
     figures = inspect_model(ModelConfig(Named(name), input=InputConfig(height=224, width=224)))

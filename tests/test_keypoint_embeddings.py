@@ -20,8 +20,8 @@ from torch.nn.functional import grid_sample, normalize
 
 from evaluation.__main__ import main
 from evaluation.embeddings import Panel, checkpoint_names, draw_panels, draw_points, joint_styles, lay_out
-from poserelay.backbones.penultimate import penultimate_level
 from poserelay.backbones.hrnet import drop_unused_fuse
+from poserelay.backbones.penultimate import penultimate_level
 from poserelay.checkpoint import describe, write_export
 from poserelay.command import to_plain
 from poserelay.config import InputConfig, ModelConfig, Named

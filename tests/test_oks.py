@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,53 +107,207 @@ def naive_nms(poses: Poses, threshold: float) -> dict[int, list[int]]:
     return kept
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.5, 0.9]))
-def test_nms_is_the_loop_over_pairs(seed: int, count: int, threshold: float) -> None:
-    poses = crowd(seed, count)
-    assert nms(*poses, SIGMAS, threshold).tolist() == list(naive_nms(poses, threshold))
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.5, 0.9]))
-def test_fuse_poses_is_equation_23(seed: int, count: int, threshold: float) -> None:
-    poses = crowd(seed, count)
+def naive_fusion(poses: Poses, threshold: float) -> dict[int, np.ndarray]:
+    """CCM's Eq. 23: kept poses with what they become."""
     keypoints, _, areas = (values.numpy() for values in poses)
-    groups = naive_nms(poses, threshold)
-    fused, kept = fuse_poses(*poses, SIGMAS, threshold)
-    assert kept.tolist() == list(groups)
-    assert fused.shape == (len(groups), 17, 2)
-    for row, (best, filtered) in enumerate(groups.items()):
+    fused = {}
+    for best, filtered in naive_nms(poses, threshold).items():
         total, weights = keypoints[best].copy(), 1.0
         for i in filtered:
             weight = pair_oks(keypoints[best], keypoints[i], (areas[best] + areas[i]) / 2)
             total, weights = total + weight * keypoints[i], weights + weight
-        np.testing.assert_allclose(fused[row].numpy(), total / weights, atol=1e-9)
+        fused[best] = total / weights
+    return fused
+
+
+def naive_soft_nms(poses: Poses, threshold: float, max_poses: int) -> dict[int, float]:
+    """Poses as they are taken, with their decayed scores."""
+    keypoints, scores, areas = (values.numpy() for values in poses)
+    remaining = dict(enumerate(scores.tolist()))
+    taken: dict[int, float] = {}
+    while remaining and len(taken) < max_poses:
+        best = max(remaining, key=lambda i: remaining[i])
+        taken[best] = remaining.pop(best)
+        for i in remaining:
+            similarity = pair_oks(keypoints[best], keypoints[i], (areas[best] + areas[i]) / 2)
+            remaining[i] *= math.exp(-(similarity**2) / threshold)
+    return taken
+
+
+def image_by_image(poses: Poses, image_index: torch.Tensor) -> Iterator[tuple[list[int], Poses]]:
+    """Rows and poses of each image, images in rising order."""
+    for image in sorted(set(image_index.tolist())):
+        rows = [row for row, other in enumerate(image_index.tolist()) if other == image]
+        yield rows, (poses[0][rows], poses[1][rows], poses[2][rows])
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> tuple[Poses, torch.Tensor | None]:
+    """Poses of one image (None) or of several in any order; half of the time with scores that are equal or negative."""
+    poses = crowd(draw(st.integers(0, 2**31)), draw(st.integers(0, 14)))
+    if draw(st.booleans()):
+        keypoints, scores, areas = poses
+        poses = (keypoints, (5 * scores).round() / 5 - 0.4, areas)
+    images = st.lists(st.sampled_from([-1, 0, 7, 2**40]), min_size=len(poses[1]), max_size=len(poses[1]))
+    return poses, draw(st.none() | images.map(lambda drawn: torch.tensor(drawn, dtype=torch.long)))
+
+
+def images_of(poses: Poses, image_index: torch.Tensor | None) -> list[tuple[list[int], Poses]]:
+    if image_index is None:
+        image_index = torch.zeros(len(poses[1]), dtype=torch.long)
+    return list(image_by_image(poses, image_index))
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**31), st.integers(0, 12), st.integers(1, 12))
-def test_soft_nms_is_the_loop_that_rescales_what_remains(seed: int, count: int, max_poses: int) -> None:
-    poses = crowd(seed, count)
-    keypoints, scores, areas = (values.numpy() for values in poses)
-    remaining = dict(enumerate(scores.tolist()))
-    expected, decayed = [], []
-    while remaining and len(expected) < max_poses:
-        best = max(remaining, key=lambda i: remaining[i])
-        expected.append(best)
-        decayed.append(remaining.pop(best))
-        for i in remaining:
-            similarity = pair_oks(keypoints[best], keypoints[i], (areas[best] + areas[i]) / 2)
-            remaining[i] *= math.exp(-(similarity**2) / 0.9)
-    kept, new_scores = soft_nms(*poses, SIGMAS, 0.9, max_poses)
-    assert kept.tolist() == expected
-    np.testing.assert_allclose(new_scores.numpy(), decayed, rtol=1e-9)
+@given(crowds(), st.sampled_from([0.5, 0.9]))
+def test_nms_is_the_loop_over_pairs(case: tuple[Poses, torch.Tensor | None], threshold: float) -> None:
+    poses, image_index = case
+    expected = [rows[i] for rows, image in images_of(*case) for i in naive_nms(image, threshold)]
+    assert nms(*poses, SIGMAS, threshold, image_index=image_index).tolist() == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(crowds(), st.sampled_from([0.5, 0.9]))
+def test_fuse_poses_is_equation_23(case: tuple[Poses, torch.Tensor | None], threshold: float) -> None:
+    poses, image_index = case
+    expected = {rows[i]: pose for rows, im in images_of(*case) for i, pose in naive_fusion(im, threshold).items()}
+    fused, kept = fuse_poses(*poses, SIGMAS, threshold, image_index=image_index)
+    assert kept.tolist() == list(expected)
+    np.testing.assert_allclose(fused.numpy(), np.reshape(list(expected.values()), (-1, 17, 2)), atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(crowds(), st.integers(1, 12))
+def test_soft_nms_is_the_loop_that_rescales_what_remains(
+    case: tuple[Poses, torch.Tensor | None], max_poses: int
+) -> None:
+    poses, image_index = case
+    expected = [
+        (rows[i], score) for rows, im in images_of(*case) for i, score in naive_soft_nms(im, 0.9, max_poses).items()
+    ]
+    kept, decayed = soft_nms(*poses, SIGMAS, 0.9, max_poses, image_index=image_index)
+    assert kept.tolist() == [row for row, _ in expected]
+    np.testing.assert_allclose(decayed.numpy(), [score for _, score in expected], rtol=1e-9)
+
+
+def test_many_images_and_one_of_many_poses() -> None:
+    """More than is treated at once, in images and in pairs of one image: still as image by image."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2] * 5000 + [1] * 10 + [250]
+    image_index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    image_index = image_index[torch.randperm(len(image_index), generator=generator)]
+    persons = 300 * torch.rand(len(sizes), 1, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(image_index), 17, 2, generator=generator, dtype=torch.float64)
+    keypoints = persons[image_index] + 4 * noise
+    scores = torch.rand(len(image_index), generator=generator, dtype=torch.float64)
+    areas = torch.full_like(scores, 1e4)
+    kept = nms(keypoints, scores, areas, SIGMAS, 0.8, image_index=image_index)
+    fused, fused_of = fuse_poses(keypoints, scores, areas, SIGMAS, 0.8, image_index=image_index)
+    order, decayed = soft_nms(keypoints, scores, areas, SIGMAS, 0.8, image_index=image_index)
+    assert fused_of.equal(kept)
+    assert len(order) == sum(min(size, 20) for size in sizes)
+    # `oks` on the pairs of 2; the scores by hand.
+    alone = {image: [] for image in range(5000)}
+    for row, image in enumerate(image_index.tolist()):
+        if image < 5000:
+            alone[image].append(row)
+    pairs = torch.tensor(list(alone.values()))
+    pairs = pairs.gather(1, scores[pairs].argsort(1, descending=True))
+    scale = (2 * SIGMAS)[:, None]
+    apart = ((keypoints[pairs[:, 0]] - keypoints[pairs[:, 1]]) / scale).square().sum(-1)
+    overlap = (-apart / 2e4).exp().mean(-1)
+    gone = overlap > 0.8
+    assert 0 < gone.sum() < 5000
+    is_kept = torch.zeros(len(scores), dtype=torch.bool)
+    is_kept[kept] = True
+    assert is_kept[pairs[:, 0]].all()
+    assert is_kept[pairs[:, 1]].equal(~gone)
+    of_row = torch.full((len(scores),), math.nan, dtype=torch.float64)
+    of_row[order] = decayed
+    torch.testing.assert_close(of_row[pairs[:, 1]], scores[pairs[:, 1]] * (-overlap.square() / 0.8).exp())
+    # The crowded image alone, and by its OKS matrix.
+    rows = (image_index == len(sizes) - 1).nonzero()[:, 0]
+    similarity = oks(keypoints[rows], keypoints[rows], areas[rows], SIGMAS)
+    best_first, expected = scores[rows].argsort(descending=True).tolist(), []
+    for pose in best_first:
+        if not any(similarity[pose, other] > 0.8 for other in expected):
+            expected.append(pose)
+    assert 1 < len(expected) < 250
+    assert kept[-len(expected) :].tolist() == rows[expected].tolist()
+    assert fused[-len(expected) :].isfinite().all()
 
 
 def test_equal_scores_keep_the_earlier_pose() -> None:
     keypoints, _, areas = crowd(0, 1)
-    twice = torch.cat((keypoints, keypoints))
-    assert nms(twice, torch.tensor([0.5, 0.5]), areas.expand(2), SIGMAS).tolist() == [0]
+    thrice, scores = keypoints.expand(3, -1, -1), torch.full((3,), -0.5)
+    assert nms(thrice, scores, areas.expand(3), SIGMAS).tolist() == [0]
+    assert nms(thrice, scores, areas.expand(3), SIGMAS, image_index=torch.tensor([1, 0, 1])).tolist() == [1, 0]
+    fused, kept = fuse_poses(thrice, scores, areas.expand(3), SIGMAS)
+    assert kept.tolist() == [0]
+    torch.testing.assert_close(fused, keypoints)
+    assert soft_nms(thrice, -scores, areas.expand(3), SIGMAS)[0].tolist() == [0, 1, 2]
+
+
+def test_an_oks_of_one_is_not_above_a_threshold_of_one() -> None:
+    for joints in range(1, 70):  # a mean as a product with 1 / K may exceed 1
+        twice = torch.ones(2, joints, 2)
+        assert nms(twice, torch.ones(2), torch.ones(2), [0.1] * joints, 1.0).tolist() == [0, 1]
+
+
+def test_poses_without_an_area_overlap_their_likes_alone() -> None:
+    keypoints = torch.tensor([5.0, 5.0, 5.0001])[:, None, None].expand(3, 17, 2)
+    scores, areas = torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3)
+    assert nms(keypoints, scores, areas, SIGMAS, 0.0).tolist() == [0, 2]
+    assert fuse_poses(keypoints, scores, areas, SIGMAS)[0].equal(keypoints[[0, 2]])
+    order, decayed = soft_nms(keypoints, scores, areas, SIGMAS)
+    assert order.tolist() == [0, 2, 1]
+    torch.testing.assert_close(decayed, torch.tensor([0.9, 0.7, 0.8 * math.exp(-1 / 0.9)]))
+
+
+def test_soft_nms_at_a_threshold_of_zero_takes_every_pose_once() -> None:
+    keypoints = torch.tensor([0.0, 0.0, 900.0, 0.0])[:, None, None].expand(4, 17, 2)
+    order, decayed = soft_nms(keypoints, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.ones(4), SIGMAS, 0.0)
+    assert order.tolist() == [0, 2, 1, 3]
+    torch.testing.assert_close(decayed, torch.tensor([0.9, 0.7, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("damaged", ["joint", "area"])
+def test_a_damaged_pose_overlaps_no_other(damaged: str) -> None:
+    """It stays as it is, and the others are treated as without it."""
+    keypoints, scores, areas = crowd(3, 12)
+    scores[4] = 2  # the best, so that it would be the first to filter
+    if damaged == "area":
+        areas[4] = math.nan
+    else:
+        keypoints[4, 2, 0] = math.nan
+    others = torch.tensor([row for row in range(12) if row != 4])
+    without = (keypoints[others], scores[others], areas[others])
+    assert len(nms(*without, SIGMAS, 0.5)) < 11
+    assert nms(keypoints, scores, areas, SIGMAS, 0.5).tolist() == [4, *others[nms(*without, SIGMAS, 0.5)].tolist()]
+    fused, kept = fuse_poses(keypoints, scores, areas, SIGMAS, 0.5)
+    assert kept[0] == 4
+    torch.testing.assert_close(fused[0], keypoints[4], equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(fused[1:], fuse_poses(*without, SIGMAS, 0.5)[0])
+    order, decayed = soft_nms(keypoints, scores, areas, SIGMAS, 0.5)
+    expected, of_others = soft_nms(*without, SIGMAS, 0.5)
+    assert order.tolist() == [4, *others[expected].tolist()]
+    torch.testing.assert_close(decayed[1:], of_others)
+
+
+def test_a_score_of_nan_is_the_lowest() -> None:
+    keypoints, _, areas = crowd(0, 1)
+    twice, scores = keypoints.expand(2, -1, -1), torch.tensor([math.nan, -3.0])
+    assert nms(twice, scores, areas.expand(2), SIGMAS).tolist() == [1]
+    assert soft_nms(twice, scores, areas.expand(2), SIGMAS)[0].tolist() == [1, 0]
+
+
+def test_arguments_stay_as_they_are() -> None:
+    poses, image_index = crowd(1, 9), torch.arange(9) % 2
+    before = [values.clone() for values in (*poses, image_index)]
+    for treat in (nms, fuse_poses, soft_nms):
+        treat(*poses, SIGMAS, 0.5, image_index=image_index)
+    for values, copy in zip((*poses, image_index), before, strict=True):
+        assert values.equal(copy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

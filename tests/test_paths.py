@@ -25,7 +25,13 @@ from pretrain.config import DataConfig as Pictures
 from pretrain.config import PretrainConfig
 
 # Texts that name no file: names of constructors and of a class.
-NO_PATHS = {"Named.name", "ImportConfig.backbone", "VisualizeConfig.target"}
+NO_PATHS = {
+    "Named.name",
+    "FinetuneConfig.train_on",
+    "PhaseConfig.train_on",
+    "ImportConfig.backbone",
+    "VisualizeConfig.target",
+}
 SQUARE = InputConfig(64, 64)
 
 
@@ -77,10 +83,11 @@ def test_every_command_has_its_config_class_among_them(classes: set[type], monke
         monkeypatch.setattr(module, "run_commands", lambda *a, **_: used.extend(c for c, _ in a[2].values()))
         module.main([])
     stages = (finetune.__main__, pretrain.__main__, semi.__main__)
-    for module, argv in (*((stage, []) for stage in stages), (pretrain.__main__, ["linear"])):
+    subcommands = ((pretrain.__main__, ["linear"]), (finetune.__main__, ["pseudo-labels"]))
+    for module, argv in (*((stage, []) for stage in stages), *subcommands):
         monkeypatch.setattr(module, "run_command", lambda *a, **_: used.append(a[2]))
         module.main(argv)
-    assert len(used) == 20
+    assert len(used) == 21
     assert set(used) <= classes
 
 

@@ -1,4 +1,4 @@
-"""Labels with stand-ins whose heatmaps are known, thresholds against a naive search, and training on what is written."""
+"""Labels by stand-ins whose heatmaps are known, thresholds against a naive search, training on what is written."""
 
 from __future__ import annotations
 
@@ -30,13 +30,8 @@ from .test_ensemble import OTHER, Colours, export, network, together
 from .test_inference import BOXES, FIRST, SECOND, picture
 from .test_training import finetune_arguments
 
-SKELETON = Skeleton(
-    "blobs",
-    ("red", "left_green", "right_blue"),
-    limbs=(("red", "left_green"), ("red", "right_blue")),
-    sigmas=(0.1,) * 3,
-)
-WHOLE = [0.0, 0.0, 240.0, 180.0]
+LIMBS = (("red", "left_green"), ("red", "right_blue"))
+SKELETON = Skeleton("blobs", ("red", "left_green", "right_blue"), limbs=LIMBS, sigmas=(0.1, 0.1, 0.1))
 FIRST_BOX, SECOND_BOX = BOXES.tolist()
 CLOSE = [41.0, 31.0, 58.0, 88.0]  # another box of the first person
 EMPTY = [0.0, 120.0, 40.0, 50.0]
@@ -57,8 +52,17 @@ PERSONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hand-off files."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate("pq"):
+        export(folder / f"{name}.safetensors", network(seed))
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(weights: Path, tmp_path: Path) -> Path:
     """Three pictures: both persons, the first with a faint blue joint, nobody; and two files of real weights."""
     (tmp_path / "in").mkdir()
     faint = picture((180, 240), FIRST)
@@ -71,8 +75,8 @@ def folder(tmp_path: Path) -> Path:
     ]
     write(tmp_path / "people.images.json", {"images": images, "annotations": [], "categories": [{"id": 1}]})
     write(tmp_path / "people.json", PERSONS)
-    for seed, name in enumerate("pq"):
-        export(tmp_path / f"{name}.safetensors", network(seed))
+    for file in weights.iterdir():
+        (tmp_path / file.name).symlink_to(file)
     return tmp_path
 
 
@@ -147,7 +151,8 @@ def test_labels_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         kept = np.reshape(record["keypoints"], (3, 3))
         labelled = [2, 2, 0] if record is faint else [2, 2, 2]
         assert kept[:, 2].tolist() == labelled
-        np.testing.assert_allclose(kept[:, :2], np.where(np.array(labelled)[:, None] > 0, joints, 0), atol=0.6)
+        # 1.2 are a tenth of a pixel of the coarser map
+        np.testing.assert_allclose(kept[:, :2], np.where(np.array(labelled)[:, None] > 0, joints, 0), atol=1.2)
         np.testing.assert_array_equal(kept, kept.round(2))
         assert record["num_keypoints"] == sum(flag > 0 for flag in labelled)
         assert 0.6 * box_score < record["score"] < box_score
@@ -209,7 +214,7 @@ def test_what_is_written_is_read_as_labels(folder: Path) -> None:
     st.integers(1, 12),
     st.integers(1, 8),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_nearest_threshold_equals_a_naive_search(
     tenths: list[int], pictures: int, persons: int, of_pictures: int
 ) -> None:
@@ -383,6 +388,7 @@ def test_rendered_people_from_real_files_to_a_step_of_training(people: Path, tmp
     assert len(labels.image_ids) == len(data["images"])
     assert (labels.visibility == 2).all()
     assert 0 < len(labels.persons) <= 8
-    new = ("--data.annotations", str(tmp_path / "pseudo.json"), "--labels.count", "null", "--optim.steps", "1")
-    assert main(finetune_arguments(people, tmp_path / "run", *new)) == 0
+    unlabelled = {"annotations": f"{tmp_path}/pseudo.json", "images": f"{people}/images"}
+    new = [f"--pseudo_labelled.{name}={value}" for name, value in unlabelled.items()]
+    assert main(finetune_arguments(people, tmp_path / "run", *new, "--train_on", "CU", "--optim.steps", "1")) == 0
     assert json.loads((tmp_path / "run/done.json").read_text())["stage"] == "finetune"

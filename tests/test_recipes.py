@@ -40,7 +40,17 @@ GRAPHS = sorted((ROOT / "launch/configs").glob("*.yaml"))
 # Models that each graph scores, counted in the papers' tables: ICON's Table 8 has one number twice, MSCL's Table 2 is
 # run by two kinds of transfer.
 SCORED = {
+    "ccm_table2": 6 + 4,
+    "ccm_table3": 2 * 6,
+    "ccm_table4": 4,
+    "ccm_table5": 4,
+    "ccm_table6": 3,
+    "ccm_table7": 5 * 4 + 5,
+    "ccm_table8": 5 * 4 + 5,
     "ccm_table9": 0,  # it times them
+    "ccm_table10": 7 * 2,
+    "ccm_table11": 5,
+    "ccm_table12": 3 + 3 * 2 + 3 * 17,
     "icon_table1": 2 * 2,
     "icon_table2": 2,
     "icon_table3": 6 * 2,
@@ -145,9 +155,10 @@ def test_graph(path: Path, tmp_path: Path) -> None:
     graph = jobs_of(path, tmp_path)
     # What is missing is data, never a recipe or what a stage was to make.
     missing = [Path(name).relative_to(ROOT).parts[0] for names in graph.missing.values() for name in names]
-    assert not set(missing) - {"aic", "coco", "crowdpose", "imagenet", "mpii", "weights"}
+    assert not set(missing) - {"aic", "coco", "crowdpose", "imagenet", "mpii", "ochuman", "posetrack18", "weights"}
     scored = [graph.configs[job.name] for job in graph.jobs if job.command == "evaluation test"]
-    assert len({config["checkpoint"] for config in scored}) == len(scored)
+    asked = ("checkpoint", "annotations", "decoding", "joints", "labelled_joints")
+    assert len({json.dumps([config.get(field) for field in asked]) for config in scored}) == len(scored)
     if "_table" in path.stem:
         assert len(scored) == SCORED[path.stem]
     # Everything that is trained is scored, or hands its weights to what is.
@@ -158,6 +169,8 @@ def test_graph(path: Path, tmp_path: Path) -> None:
         if paper == "icon":
             assert config["decoding"]["flip"]
             assert ("COCO_val2017_detections_AP_H_56_person" in config["boxes"]) == on_coco
+        if paper == "ccm" and on_coco and config.get("joints") == "all":
+            assert "_detections_AP_H_" in config["boxes"]
         if paper == "mscl":
             assert not config["decoding"]["flip"]
             assert config["boxes"] == "gt"
@@ -187,6 +200,8 @@ def test_graphs_pretrain_the_rows_of_their_tables(table: Path, tmp_path: Path) -
         (Named("resnet18"), Named("simple", {"deconv_channels": [8, 8]})),
         (Named("mobilenetv2_100"), Named("simple", {"deconv_channels": [8]})),
         (Named("hrnet_w32"), Named("hrnet")),
+        (Named("hrnet_w32"), Named("ccm", {"channels": [8]})),
+        (Named("resnet18", {"output_stride": 16}), Named("ccm", {"channels": [8, 8]})),
     ],
     ids=lambda named: named.name,
 )
@@ -194,8 +209,10 @@ def test_one_step_of_a_pose_model(backbone: Named, head: Named) -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(backbone, head, None, "coco17", InputConfig(height=64, width=64)))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    heatmaps = model(model.preprocess(images))
-    loss = joints_mse(heatmaps, torch.zeros_like(heatmaps), torch.ones(heatmaps.shape[:2]))
+    maps = model.supervised(model.preprocess(images))
+    assert len(maps) == 1 + (head.name == "ccm")
+    assert maps[0].shape[-2:] == model.heatmap_size
+    loss = torch.stack([joints_mse(found, torch.zeros_like(found), torch.ones(2, 17)) for found in maps]).sum()
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)

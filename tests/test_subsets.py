@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from poserelay.subsets import (
     PersonSubset,
     Subset,
     choose_labelled,
+    drop_labels,
     read_labels,
     read_subset,
     write_labels,
@@ -322,3 +324,68 @@ def test_the_first_persons_of_coco_as_pycocotools_walks_them(count: int, capsys:
     chosen = choose_labelled(annotations, LabelsConfig(count=count, by="persons", protocol="first"))
     assert set(annotations.ids[chosen.rows].tolist()) == set(expected[:count])
     assert len(chosen.rows) == count
+
+
+# --- annotated joints taken away (CCM section 6.5) -------------------------------------------------------------------
+
+
+def persons_file(folder: Path, visibilities: list[list[int]]) -> Path:
+    joints = [f"joint{number}" for number in range(len(visibilities[0]))]
+    triples = [[value for v in row for value in ((7, 9, v) if v else (0, 0, 0))] for row in visibilities]
+    data = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 50, "height": 50} for i in range(len(triples))],
+        "categories": [{"id": 1, "name": "one", "keypoints": joints}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 20, 20], "keypoints": triple}
+            for i, triple in enumerate(triples)
+        ],
+    }
+    (folder / "persons.json").write_text(json.dumps(data))
+    return folder / "persons.json"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([0, 1, 2, 2]), min_size=4, max_size=4), min_size=2, max_size=6), st.integers(0, 3)
+)
+def test_dropped_joints_are_counted_and_drawn_with_the_seed(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("drop")
+    table = np.array(rows)
+    hidden, visible = int((table == 1).sum()), int((table == 2).sum())
+    if not (table > 0).any():
+        return
+    annotations = read_coco(persons_file(folder, rows))
+    chosen = choose_labelled(annotations, LabelsConfig())
+    for drop, value in (("invisible", 1), ("visible", 2)):
+        labels = LabelsConfig(drop=drop, seed=seed)
+        left = visible if drop == "invisible" else hidden + visible - hidden
+        if not hidden or (drop == "visible" and visible < hidden) or not left:
+            with pytest.raises(UserError, match=r"labels\.drop"):
+                drop_labels(annotations, chosen, labels)
+            continue
+        dropped, kept = drop_labels(annotations, chosen, labels)
+        gone = annotations.visibility - dropped.visibility
+        assert (gone[gone > 0] == value).all()
+        assert (gone > 0).sum() == hidden
+        assert (dropped.keypoints[dropped.visibility == 0] == 0).all()
+        assert kept.rows.tolist() == [row for row in chosen.rows if dropped.visibility[row].any()]
+        assert kept.subset == chosen.subset
+        again = drop_labels(annotations, chosen, labels)[0]
+        assert (again.visibility == dropped.visibility).all()
+    assert annotations.visibility.tolist() == rows  # the file's own stay
+
+
+def test_as_many_visible_joints_are_drawn_of_all_chosen_persons_alike(tmp_path: Path) -> None:
+    annotations = read_coco(persons_file(tmp_path, [[1, 2, 2, 2]] * 50 + [[1, 1, 1, 1]] * 50))
+    labelled = choose_labelled(annotations, LabelsConfig())
+    chosen = dataclasses.replace(labelled, rows=labelled.rows[:50])
+    taken = []
+    for seed in range(20):
+        dropped, _ = drop_labels(annotations, chosen, LabelsConfig(drop="visible", seed=seed))
+        assert (dropped.visibility[50:] == 1).all()  # persons that were not chosen keep theirs
+        assert (dropped.visibility[:, 0] == 1).all()
+        taken.append((dropped.visibility[:50, 1:] == 0).sum(0))
+    assert len({tuple(counts) for counts in taken}) > 10
+    assert np.mean(taken, axis=0) == pytest.approx([50 / 3] * 3, abs=2)

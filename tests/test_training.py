@@ -77,6 +77,30 @@ def semi_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
     return write(run_dir, config, more)
 
 
+def ccm_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    """Two phases on four sources: another skeleton, false detections, pseudo-labels; an auxiliary decoder."""
+    truth = json.loads((people / "annotations.json").read_text())
+    joints = truth["categories"][0]["keypoints"][5:]
+    persons = [{**person, "keypoints": person["keypoints"][15:], "num_keypoints": 0} for person in truth["annotations"]]
+    limbs = {**truth, "annotations": persons, "categories": [{"id": 1, "name": "limbs", "keypoints": joints}]}
+    (run_dir.parent / "limbs.json").write_text(json.dumps(limbs))
+    images = [image["id"] for image in truth["images"]]
+    nobody = [{"image_id": image, "category_id": 1, "bbox": [94, 94, 2, 2], "score": 0.9} for image in images]
+    (run_dir.parent / "detections.json").write_text(json.dumps(nobody))
+    plain = yaml.safe_load(Path(finetune_arguments(people, run_dir)[1]).read_text())
+    config = {
+        **plain,
+        "model": {**plain["model"], "head": {"name": "ccm", "kwargs": {"channels": [8, 8]}}},
+        "external": {"annotations": str(run_dir.parent / "limbs.json"), "images": str(people / "images"), "ratio": 0.5},
+        "hard_negatives": {"detections": str(run_dir.parent / "detections.json"), "ratio": 0.25},
+        "pseudo_labelled": {"annotations": str(people / "annotations.json"), "images": str(people / "images")},
+        "train_on": "ACHU",
+        "then": {"train_on": "CH", "epochs": 1},
+        "optim": {"batch_size": 8, "lr_batch": 8, "epochs": 1, "drops": []},
+    }
+    return write(run_dir, config, more)
+
+
 def write(run_dir: Path, config: dict, more: tuple[str, ...]) -> list[str]:
     file = run_dir.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
@@ -88,6 +112,7 @@ STAGES = {
     "pretrain": (pretrain, pretrain_arguments),
     "contrast": (pretrain, contrast_arguments),
     "semi": (semi, semi_arguments),
+    "ccm": (finetune, ccm_arguments),
 }
 
 
