@@ -20,6 +20,8 @@ from poserelay.oks import fuse_poses, nms, soft_nms
 
 THRESHOLD = 0.9
 MAX_POSES = 20
+Answer = tuple[list[int], np.ndarray]
+"""The kept poses with what comes of them: their keypoints when fused, else their scores."""
 
 
 def peer_oks(
@@ -34,9 +36,7 @@ def peer_oks(
     return overlaps
 
 
-def peer_hard(
-    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
-) -> tuple[list[int], np.ndarray]:
+def peer_hard(keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray) -> Answer:
     order, kept = scores.argsort()[::-1], []
     while len(order):
         best, rest = order[0], order[1:]
@@ -45,9 +45,7 @@ def peer_hard(
     return kept, scores[kept]
 
 
-def peer_fuse(
-    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
-) -> tuple[list[int], np.ndarray]:
+def peer_fuse(keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray) -> Answer:
     order, kept, fused = scores.argsort()[::-1], [], []
     while len(order):
         best, rest = order[0], order[1:]
@@ -62,9 +60,7 @@ def peer_fuse(
     return kept, np.array(fused)
 
 
-def peer_soft(
-    keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray
-) -> tuple[list[int], np.ndarray]:
+def peer_soft(keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, variances: np.ndarray) -> Answer:
     order, kept, decayed = scores.argsort()[::-1], [], []
     scores = scores[order]
     while len(order) and len(kept) < MAX_POSES:
@@ -108,37 +104,36 @@ def main() -> None:
     keypoints[:, :again] = keypoints[:, again : 2 * again] + rng.normal(0, 2, (args.images, again, 17, 2))
     scores, areas = rng.random((args.images, args.poses)), np.full((args.images, args.poses), 160.0**2)
     images = list(zip(keypoints, scores, areas, strict=True))
-    tensors = [torch.from_numpy(array).flatten(0, 1) for array in (keypoints, scores, areas)]
+    poses, pose_scores, pose_areas = (torch.from_numpy(array).flatten(0, 1) for array in (keypoints, scores, areas))
     image_index = torch.arange(args.images).repeat_interleave(args.poses)
 
     def ours_hard() -> tuple[torch.Tensor, torch.Tensor]:
-        kept = nms(*tensors, sigmas.tolist(), THRESHOLD, image_index=image_index)
-        return kept, tensors[1][kept]
-
-    def ours_fuse() -> tuple[torch.Tensor, torch.Tensor]:
-        fused, kept = fuse_poses(*tensors, sigmas.tolist(), THRESHOLD, image_index=image_index)
-        return kept, fused
+        kept = nms(poses, pose_scores, pose_areas, sigmas.tolist(), THRESHOLD, image_index=image_index)
+        return kept, pose_scores[kept]
 
     def ours_soft() -> tuple[torch.Tensor, torch.Tensor]:
-        return soft_nms(*tensors, sigmas.tolist(), THRESHOLD, MAX_POSES, image_index=image_index)
+        return soft_nms(poses, pose_scores, pose_areas, sigmas.tolist(), THRESHOLD, MAX_POSES, image_index=image_index)
 
+    def ours_fuse() -> tuple[torch.Tensor, torch.Tensor]:
+        fused, kept = fuse_poses(poses, pose_scores, pose_areas, sigmas.tolist(), THRESHOLD, image_index=image_index)
+        return kept, fused
+
+    methods = {"hard": (ours_hard, peer_hard), "soft": (ours_soft, peer_soft), "fuse": (ours_fuse, peer_fuse)}
     lines = {}
-    for name, ours, peer in (
-        ("hard", ours_hard, peer_hard),
-        ("soft", ours_soft, peer_soft),
-        ("fuse", ours_fuse, peer_fuse),
-    ):
-        answers = [peer(*image, variances) for image in images]
-        kept, values = ours()
-        expected = [row * args.poses + pose for row, (poses, _) in enumerate(answers) for pose in poses]
-        if kept.tolist() != expected:
+    for name, (ours, peer_of_image) in methods.items():
+
+        def peer(peer_of_image: Callable[..., Answer] = peer_of_image) -> list[Answer]:
+            return [peer_of_image(*image, variances) for image in images]
+
+        answers = peer()
+        indices, values = ours()
+        expected = [row * args.poses + pose for row, (kept, _) in enumerate(answers) for pose in kept]
+        if indices.tolist() != expected:
             raise SystemExit(f"{name}: the two disagree on the kept poses")
         difference = float(np.abs(values.numpy() - np.concatenate([answer for _, answer in answers])).max())
         if difference > 1e-9:
             raise SystemExit(f"{name}: the two differ by {difference}")
-        ours_seconds, peer_seconds = alternately(
-            ours, lambda: [peer(*image, variances) for image in images], args.rounds
-        )
+        ours_seconds, peer_seconds = alternately(ours, peer, args.rounds)
         lines[name] = {
             "ours": round(args.images / ours_seconds, 1),
             "peer": round(args.images / peer_seconds, 1),
@@ -148,9 +143,8 @@ def main() -> None:
             milliseconds = [1000 * seconds / args.images for seconds in (ours_seconds, peer_seconds)]
             print(f"{name}: {milliseconds[0]:.3f} ms per image of {args.poses} poses against {milliseconds[1]:.3f} ms")
     setting = {"unit": "images/s", "images": args.images, "poses": args.poses}
-    print(
-        json.dumps({"benchmark": "oks_nms", **lines["hard"], "soft": lines["soft"], "fuse": lines["fuse"], **setting})
-    )
+    others = {name: lines[name] for name in ("soft", "fuse")}
+    print(json.dumps({"benchmark": "oks_nms", **lines["hard"], **others, **setting}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import Interrupted
-from poserelay.heatmaps import encode, input_to_heatmap, target_weight
 from poserelay.inference import predict_dataset, protocol
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.losses import joints_mse
@@ -41,6 +40,7 @@ from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, c
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.scoring import coco_ap
 from poserelay.subsets import Chosen, choose_labelled, drop_labels, write_labels
+from poserelay.supervision import auxiliary_loss, gaussian_targets
 
 from .config import SOURCES, FinetuneConfig
 from .hard_negatives import read_hard_negatives
@@ -231,36 +231,18 @@ def training_step(
 ) -> torch.Tensor:
     """One optimiser step on a batch; returns its loss (CCM Eq. 9), a scalar on the device."""
     batch = batch.to(fabric.device)
-    maps = [found.float() for found in network(model.preprocess(batch.images))]  # each [B, K, h, w]
-    # The auxiliary maps' Gaussians are as wide as the others on the crop.
-    sigmas = [config.sigma * found.shape[-2] / maps[0].shape[-2] for found in maps]
-    losses = [
-        heatmap_loss(found, batch, model, sigma, config.quantize) for found, sigma in zip(maps, sigmas, strict=True)
-    ]
-    loss = losses[0] + config.auxiliary_weight * sum(losses[1:])
+    heatmaps, *auxiliary = (maps.float() for maps in network(model.preprocess(batch.images)))  # each [B, K, h, w]
+    size = (heatmaps.shape[-2], heatmaps.shape[-1])
+    # HRNet's half of Eq. 8, which Adam does not see.
+    loss = joints_mse(heatmaps, *gaussian_targets(batch, model, size, config.sigma, quantize=config.quantize))
+    for maps in auxiliary:
+        loss = loss + config.auxiliary_weight * auxiliary_loss(
+            maps, batch, model, config.sigma, quantize=config.quantize
+        )
     optimizer.zero_grad()
     fabric.backward(loss)
     optimizer.step()
     return loss
-
-
-def heatmap_loss(heatmaps: Tensor, batch: CropBatch, model: PoseModel, sigma: float, quantize: bool) -> Tensor:
-    """HRNet's loss of predicted maps `[B, K, h, w]` (CCM Eq. 8, halved, which Adam does not see), a scalar.
-
-    Hard negatives have zero maps as their targets, with the weight of a labelled joint.
-
-    Args:
-        model: for the sizes of crop and heatmap.
-        sigma: of the target Gaussians, pixels of these maps.
-        quantize: round their centres to whole pixels.
-    """
-    size = (heatmaps.shape[-2], heatmaps.shape[-1])
-    keypoints = input_to_heatmap(batch.keypoints, (model.input.height, model.input.width), size, model.input.alignment)
-    targets = encode(keypoints, batch.visibility, size, sigma, quantize=quantize)
-    weight = target_weight(keypoints, batch.visibility, size, sigma)
-    if batch.negative is not None:
-        weight = torch.where(batch.negative[:, None], 1.0, weight)
-    return joints_mse(heatmaps, targets, weight)
 
 
 def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State, folder: Path) -> dict[str, float]:

@@ -104,16 +104,14 @@ def soft_nms(
     for positions in _batches(image):
         rows = order[positions]
         overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
-        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).exp_()  # by an OKS of 0 not even at 0
+        # Never 0, which would make NaN of the -inf of those taken.
+        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).clamp_(min=-700).exp_()
         remaining = _numbers(scores[rows])
-        best = remaining.new_empty((len(rows), 0), dtype=torch.long)
         for place in positions[:, :max_poses].T:
-            best = torch.cat((best, remaining.argmax(1, keepdim=True)), 1)  # the earlier of equals
-            last = best[:, -1:]
-            decayed[place] = remaining.gather(1, last)[:, 0]
-            remaining *= decay.gather(1, last[..., None].expand(-1, 1, rows.shape[1]))[:, 0]
-            remaining.scatter_(1, best, -math.inf)  # all of them again: times a decay of 0 the earlier are NaN
-        taken[positions[:, :max_poses]] = rows.gather(1, best)
+            best = remaining.argmax(1, keepdim=True)  # the earlier of equals
+            taken[place], decayed[place] = rows.gather(1, best)[:, 0], remaining.gather(1, best)[:, 0]
+            remaining *= decay.gather(1, best[..., None].expand(-1, 1, rows.shape[1]))[:, 0]
+            remaining.scatter_(1, best, -math.inf)
     chosen = taken >= 0
     return taken[chosen], decayed[chosen].to(scores.dtype)
 

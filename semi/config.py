@@ -165,6 +165,8 @@ class SemiConfig:
     """Of the target Gaussians, heatmap pixels (2 at 256x192, 3 at 384x288)."""
     quantize: bool = False
     """Round target centres to whole heatmap pixels, as HRNet's published code does."""
+    auxiliary_weight: float = 0.5
+    """lambda of CCM's Eq. 9: weight of the loss of the auxiliary decoder, where the head has one, on labelled crops."""
     decoding: Decoding = field(default_factory=Decoding)
     validate_every: int = 10
     """Epochs between validations; the last epoch is always validated."""

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from poserelay.backbones.penultimate import penultimate_level, with_penultimate
 from poserelay.batch import CropBatch
-from poserelay.heatmaps import decode, encode, heatmap_to_input, input_to_heatmap, target_weight
+from poserelay.heads import CCMHead
+from poserelay.heatmaps import decode, heatmap_to_input, input_to_heatmap
 from poserelay.losses import joints_mse
 from poserelay.model import PoseModel
+from poserelay.supervision import auxiliary_loss, gaussian_targets
 
 from .diagnostics import FIGURES, figures, labelled_peak
 from .icon import IconLoss, ProjectionHead
@@ -42,10 +44,21 @@ class Seen(NamedTuple):
     """`[N, K, h, w]`."""
 
 
+class Answer(NamedTuple):
+    """What a student makes of B crops."""
+
+    heatmaps: Tensor
+    """`[B, K, h, w]`."""
+    embedded: Tensor | None
+    """`[B, m, h', w']`, for ICON."""
+    auxiliary: Tensor | None
+    """`[B, K, h', w']`, of CCM's auxiliary decoder."""
+
+
 class Student(nn.Module):
     """A pose model in training with ICON's projection head beside its heatmap head, which is never exported.
 
-    The projection head reads `with_penultimate`.
+    The projection head reads the map of the penultimate stage, and so does CCM's auxiliary decoder.
 
     Args:
         model: the pose model.
@@ -58,12 +71,15 @@ class Student(nn.Module):
         width = model.backbone.channels[penultimate_level(model.backbone)]
         self.projection = ProjectionHead(width, channels) if channels else None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]` and embeddings `[B, m, h', w']`."""
-        if self.projection is None:
-            return self.model(images).float(), None
-        maps, contrasted = with_penultimate(self.model.backbone, images)
-        return self.model.head(maps).float(), self.projection(contrasted).float()
+    def forward(self, images: Tensor, *, labelled: bool) -> Answer:
+        """What the model makes of normalised crops `[B, 3, H, W]`; auxiliary maps of labelled ones alone."""
+        maps, penultimate = with_penultimate(self.model.backbone, images)
+        auxiliary = self.model.head.auxiliary if isinstance(self.model.head, CCMHead) else None
+        return Answer(
+            self.model.head(maps).float(),
+            None if self.projection is None else self.projection(penultimate).float(),
+            None if auxiliary is None or not labelled else auxiliary([penultimate]).float(),
+        )
 
 
 class SemiStep(nn.Module):
@@ -82,6 +98,7 @@ class SemiStep(nn.Module):
         lambda_u: weight of the unlabelled loss.
         sigma: of the target Gaussians, heatmap pixels.
         quantize: round their centres to whole heatmap pixels.
+        auxiliary_weight: lambda of CCM's Eq. 9, of the labelled crops' auxiliary maps where the head has them.
     """
 
     def __init__(
@@ -96,6 +113,7 @@ class SemiStep(nn.Module):
         lambda_u: float,
         sigma: float,
         quantize: bool,
+        auxiliary_weight: float = 0.5,
     ) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
@@ -110,6 +128,7 @@ class SemiStep(nn.Module):
         self.lambda_u = lambda_u
         self.sigma = sigma
         self.quantize = quantize
+        self.auxiliary_weight = auxiliary_weight
         self.terms: tuple[str, ...] = (
             *TERMS,
             *(UNLABELLED_TERMS if self.teachers else ()),
@@ -129,18 +148,22 @@ class SemiStep(nn.Module):
         generator: of this step and process, on the CPU.
         """
         model = self.models[0]
-        targets, weight = self._labelled_targets(labelled, model)
+        targets, weight = gaussian_targets(labelled, model, model.heatmap_size, self.sigma, quantize=self.quantize)
         views = [] if unlabelled is None else self._unlabelled_views(unlabelled, model, generator)
         rows = []
         for number, student in enumerate(self.students):
-            predicted, embedded = student(model.preprocess(labelled.images))
+            predicted, embedded, auxiliary = student(model.preprocess(labelled.images), labelled=True)
             supervised = joints_mse(predicted, targets, weight)
+            if auxiliary is not None:
+                supervised = supervised + self.auxiliary_weight * auxiliary_loss(
+                    auxiliary, labelled, model, self.sigma, quantize=self.quantize
+                )
             loss = supervised / len(self.students)
             row = [supervised, labelled_peak(predicted, weight)]
             seen = [Seen(embedded, labelled.keypoints, labelled.visibility == 2, predicted, targets)]
             if views:
                 images, taught = views[number]
-                answered, embedded = student(images)
+                answered, embedded, _ = student(images, labelled=False)
                 unsupervised = joints_mse(answered, taught.heatmaps, taught.mask)
                 loss = loss + self.lambda_u * unsupervised
                 row += [unsupervised, *figures(taught.heatmaps, taught.confidence, taught.mask, answered)]
@@ -171,13 +194,6 @@ class SemiStep(nn.Module):
             hard = self.views.turn(self.views.cut(images, joints, generator), turns, size)
             views.append((hard, answer._replace(heatmaps=self.views.turn(answer.heatmaps, turns, size))))
         return views
-
-    def _labelled_targets(self, crops: CropBatch, model: PoseModel) -> tuple[Tensor, Tensor]:
-        """Gaussians `[B, K, h, w]` of the labels, and the weight of each, `[B, K]`."""
-        size, input = model.heatmap_size, model.input
-        keypoints = input_to_heatmap(crops.keypoints, (input.height, input.width), size, input.alignment)
-        targets = encode(keypoints, crops.visibility, size, self.sigma, quantize=self.quantize)
-        return targets, target_weight(keypoints, crops.visibility, size, self.sigma)
 
     def _taught_joints(self, taught: Targets, model: PoseModel) -> tuple[Tensor, Tensor]:
         """Input pixels `[B, K, 2]` of the teacher's peaks on the student's view, and which ICON takes, `[B, K]`.

@@ -167,6 +167,7 @@ def build_step(config: SemiConfig, networks: list[PoseModel], trained: PoseModel
         lambda_u=config.lambda_u,
         sigma=config.sigma,
         quantize=config.quantize,
+        auxiliary_weight=config.auxiliary_weight,
     )
 
 

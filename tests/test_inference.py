@@ -284,13 +284,13 @@ def test_suppression_keeps_the_order_and_the_best_of_each_cluster() -> None:
     ],
 )
 def test_suppression_by_hand(method: Any, places: list[float], scores: list[float]) -> None:
-    """OKS is 1 among three poses of image 7 (areas are vast) and 0 elsewhere; image 3 stands between its poses."""
+    """OKS is 1 among the poses of image 7, whose areas are vast, and 0 between those of image 3 among them."""
     poses = Poses(
         keypoints=np.zeros((5, 3, 2)) + np.array([0.0, 500.0, 0.0, 0.0, 1.0])[:, None, None],
         joint_scores=np.ones((5, 3)),
         scores=np.array([0.3, 0.2, 0.9, 0.1, 0.5]),
         boxes=np.arange(20.0).reshape(5, 4),
-        areas=np.array([1e12, 1e-6, 1e12, 1e12, 1e12]),
+        areas=np.array([1e12, 1.0, 1e12, 1.0, 1e12]),
         image_ids=[7, 3, 7, 3, 7],
         annotation_ids=[0, 1, 2, 3, 4],
     )

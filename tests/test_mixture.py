@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from finetune.__main__ import main as finetune
 from finetune.config import FinetuneConfig, HardNegativesConfig, PhaseConfig, SourceConfig
 from finetune.mixture import Mixture, Phase, plan_phases
-from finetune.train import heatmap_loss, load_data
+from finetune.train import load_data
 from poserelay.batch import CropBatch
 from poserelay.config import AdamConfig, DataConfig, InputConfig, LabelsConfig, ModelConfig, Named
 from poserelay.datasets.sampling import EpochBatches, PhasedBatches, epoch_order
 from poserelay.datasets.topdown import collate
 from poserelay.heatmaps import encode, input_to_heatmap
-from poserelay.model import build_model
+from poserelay.losses import joints_mse
+from poserelay.model import PoseModel, build_model
+from poserelay.supervision import auxiliary_loss, gaussian_targets
 
 from .test_training import ccm_arguments
 
@@ -32,6 +34,10 @@ MODEL = ModelConfig(
     skeleton="coco17",
     input=InputConfig(64, 64),
 )
+
+
+def heatmap_loss(maps: torch.Tensor, batch: CropBatch, model: PoseModel) -> torch.Tensor:
+    return joints_mse(maps, *gaussian_targets(batch, model, (16, 16), 1.5, quantize=False))
 
 
 class Numbers:
@@ -71,7 +77,8 @@ def test_an_epoch_draws_of_each_source_as_often_as_its_phase_says(
     order = mixture.order(5, epoch)
     assert len(order) == sum(counts)
     assert len(set(order.tolist())) == len(order)  # a repetition has a number, and so draws, of its own
-    visits = Counter(mixture.sample(int(index), lambda view: np.random.default_rng(view))[:2] for index in order)
+    crops: list[Any] = [mixture.sample(int(index), lambda view: np.random.default_rng(view)) for index in order]
+    visits = Counter(crop[:2] for crop in crops)
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         per_person = [visits[(str(number), person)] for person in range(size)]
         assert sum(per_person) == count
@@ -183,15 +190,15 @@ def test_joints_of_another_skeleton_are_matched_by_name_and_the_rest_not_supervi
         assert batch.visibility[row, 5:].tolist() == found.tolist()
     # Whatever the network says of the joints that the external skeleton lacks, the loss does not move.
     maps = torch.rand(4, 17, 16, 16)
-    loss = heatmap_loss(maps, batch, model, 1.5, False)
+    loss = heatmap_loss(maps, batch, model)
     other = torch.cat([torch.rand(4, 5, 16, 16), maps[:, 5:]], 1)
-    assert heatmap_loss(other, batch, model, 1.5, False) == loss
-    assert heatmap_loss(torch.cat([maps[:, :5], other[:, :12]], 1), batch, model, 1.5, False) != loss
+    assert heatmap_loss(other, batch, model) == loss
+    assert heatmap_loss(torch.cat([maps[:, :5], other[:, :12]], 1), batch, model) != loss
     nobody = collate([data.sources["H"].evaluation_sample(0)])
     assert nobody.negative is not None
     assert nobody.negative.all()
     expected = 0.5 * maps[:1].square().mean()  # zero maps, every joint with weight 1
-    torch.testing.assert_close(heatmap_loss(maps[:1], nobody, model, 1.5, False), expected)
+    torch.testing.assert_close(heatmap_loss(maps[:1], nobody, model), expected)
     # With a choice of labels only its pictures tell where nobody is.
     chosen = set(data.labels.images)
     assert {data.sources["H"].evaluation_sample(index).image_id for index in range(len(data.sources["H"]))} <= chosen
@@ -226,7 +233,12 @@ def test_the_loss_is_equation_8_of_labelled_joints() -> None:
                 total += (maps[person, joint] - target).square().sum()
     expected = total / (2 * 17 * 16 * 16) / 2
     batch.visibility[1] = 0
-    torch.testing.assert_close(heatmap_loss(maps, batch, model, 1.5, False), torch.as_tensor(expected))
+    torch.testing.assert_close(heatmap_loss(maps, batch, model), torch.as_tensor(expected))
+    # The auxiliary maps are twice as fine: their Gaussians are as wide on the crop.
+    assert model.heatmap_size == (8, 8)
+    fine = torch.rand(2, 17, 16, 16)
+    twice = joints_mse(fine, *gaussian_targets(batch, model, (16, 16), 3.0, quantize=False))
+    torch.testing.assert_close(auxiliary_loss(fine, batch, model, 1.5, quantize=False), twice)
 
 
 def test_the_start_says_what_is_mixed_and_the_hand_off_names_no_path(
