@@ -30,7 +30,7 @@ class ScoreConfig:
     pck_threshold: float = 0.2
     """pck: share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
     joints: Literal["all", "visible", "invisible"] = "all"
-    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; the others are as if unlabelled."""
+    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; persons without any are left out."""
     labelled_joints: int | None = None
     """Score the persons with exactly so many labelled joints alone, counted before `joints`; null: all persons."""
     json: bool = False
@@ -67,7 +67,7 @@ class TestConfig:
     pck_threshold: float = 0.2
     """Share of the reference length (torso, or else the box's longer side) within which a joint is correct."""
     joints: Literal["all", "visible", "invisible"] = "all"
-    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; the others are as if unlabelled."""
+    """Score the joints labelled visible (v = 2) or hidden (v = 1) alone; persons without any are left out."""
     labelled_joints: int | None = None
     """Score the persons with exactly so many labelled joints alone, counted before `joints`; null: all persons."""
     crowd_levels: Literal["crowdpose", "icon"] = "crowdpose"

@@ -19,6 +19,7 @@ from poserelay.scoring import (
     parsed_truth,
     pck_of_truth,
     read_results,
+    results_that_count,
     scored_truth,
     sigma_source,
     take_joints,
@@ -59,6 +60,7 @@ def score_coco(config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:
         **truth.protocol,
     }
     if config.metric == "oks":
+        results = results_that_count(truth, results)
         metrics, details = oks_metrics(parsed_truth(truth), results, skeleton, config.crowd_levels, config.predictions)
         return metrics, {**protocol, "sigmas": sigma_source(skeleton), **details}
     predicted = match_results(truth.common, results)[truth.rows]

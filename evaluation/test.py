@@ -31,6 +31,7 @@ from poserelay.scoring import (
     pck_of_truth,
     place_joints,
     place_pose,
+    results_that_count,
     scored_truth,
 )
 
@@ -120,7 +121,8 @@ def measure(
     OKS AP is of `results`. PCK, and PCKh where persons have head sizes, measure every person: with annotated boxes its
     own pose, with detections the nearest one that is left.
     """
-    metrics, details = oks_metrics(parsed_truth(truth), results, skeleton, config.crowd_levels)
+    counting = results_that_count(truth, results)
+    metrics, details = oks_metrics(parsed_truth(truth), counting, skeleton, config.crowd_levels)
     if config.boxes == "gt":  # the poses are in the order of the file's persons
         predicted = poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
     else:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,7 +56,8 @@ def scored_truth(
 
     `joints`: those annotated visible (v = 2) or hidden (v = 1) alone (CCM, Table 13). `labelled_joints`: of persons
     with exactly so many labelled joints alone (CCM, Table 14), counted as annotated: over all joints of the file, seen
-    or hidden. What does not count is as if it had never been labelled; areas and boxes stay.
+    or hidden. Areas and boxes stay. Persons without a label that counts are left out, and so are their poses
+    (`results_that_count`): these would be false positives.
 
     Raises UserError: no joint in common, a file that does not tell visible from hidden joints, or no person left.
     """
@@ -102,6 +103,8 @@ def scored_truth(
     counted = replace(
         common, keypoints=np.where(counts[..., None], common.keypoints, 0.0), visibility=np.where(counts, visibility, 0)
     )
+    if joints != "all" or labelled_joints is not None:
+        protocol["persons_left_out"] = len(common.persons) - len(counted.persons)
     if len(annotations.persons) and not len(counted.persons):
         kind = "labelled joint" if joints == "all" else f"joint labelled {joints}"
         among = "" if labelled_joints is None else f" among those with {labelled_joints} labelled joints"
@@ -113,11 +116,11 @@ def scored_truth(
 
 
 def parsed_truth(truth: Truth) -> Mapping[str, Any]:
-    """The file's JSON with the joints and the labels that count alone, for `oks_metrics`; as it is where all do.
+    """The file's JSON with what counts alone, for `oks_metrics`; as it is where all does.
 
-    `num_keypoints` is counted anew, and stays 0 where the file has 0. A person without any label left is ignored as
-    pycocotools ignores COCO's unlabelled persons: it is not missed, and one pose that fits into its box enlarged
-    threefold, and no counted person, is no false positive.
+    Persons that are left out are not in it. `num_keypoints` is counted anew, and stays 0 where the file has 0. A person
+    with labels on other joints alone is ignored as pycocotools ignores COCO's unlabelled persons: it is not missed, and
+    one pose that lies in its box enlarged threefold, and fits no other person, is no false positive.
     """
     data = read_parsed(truth.file.path)
     if truth.counted is truth.file:
@@ -125,14 +128,38 @@ def parsed_truth(truth: Truth) -> Mapping[str, Any]:
     category = {**truth.counted.category, "skeleton": []}
     triples = np.concatenate([truth.counted.keypoints, truth.counted.visibility[..., None]], axis=-1)
     labelled = (truth.counted.visibility > 0).sum(1)
+    kept = np.ones(len(labelled), dtype=bool)
+    kept[truth.common.persons] = truth.rows
     records = [record for record in data["annotations"] if record["category_id"] == category["id"]]
     persons = [
-        {**record, "keypoints": keypoints, "num_keypoints": 0 if record.get("num_keypoints") == 0 else count}
-        for record, keypoints, count in zip(
-            records, triples.reshape(len(triples), 3 * triples.shape[1]).tolist(), labelled.tolist(), strict=True
-        )
+        {
+            **records[row],
+            "keypoints": triples[row].ravel().tolist(),
+            "num_keypoints": 0 if records[row].get("num_keypoints") == 0 else int(labelled[row]),
+        }
+        for row in np.flatnonzero(kept)
     ]
     return {**data, "categories": [category], "annotations": persons}
+
+
+def results_that_count(truth: Truth, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Valid `results`, of the joints that are scored, without the poses of the persons that are left out.
+
+    A person's poses are the one that is matched to it (`match_poses`) and, of those that are matched to nobody, the
+    ones that are nearer to it than to others. On an image without a labelled person nothing is left out.
+    """
+    if truth.rows.all():
+        return list(results)
+    kept = np.ones(len(results), dtype=bool)
+    persons, counts = truth.common.persons, truth.rows
+    for its_persons, its_poses, joints in _by_image(truth.common, results):
+        keypoints, visibility = (a[persons[its_persons]] for a in (truth.common.keypoints, truth.common.visibility))
+        if len(its_poses):
+            owner = _mean_distances(joints, keypoints, visibility).argmin(0)
+            matched = match_poses(joints, keypoints, visibility)
+            owner[matched[matched >= 0]] = np.flatnonzero(matched >= 0)
+            kept[its_poses] = counts[its_persons[owner]]
+    return [record for record, stays in zip(results, kept, strict=True) if stays]
 
 
 def pck_of_truth(
@@ -419,10 +446,8 @@ def match_poses(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray
     predicted: `[M, K, 2]`; truth: `[N, K, 2]`, same pixels, of one image; visibility: `[N, K]`. A person without any
     labelled joint gets -1.
     """
-    labelled = visibility > 0
-    distance = np.linalg.norm(truth[:, None] - predicted[None], axis=-1)  # [N, M, K]
-    count = labelled.sum(1)
-    cost = (distance * labelled[:, None]).sum(-1) / np.maximum(count, 1)[:, None]
+    cost = _mean_distances(predicted, truth, visibility)
+    count = (visibility > 0).sum(1)
     matched = np.full(len(truth), -1)
     taken = np.zeros(len(predicted), dtype=bool)
     for flat in np.argsort(cost, axis=None, kind="stable"):
@@ -437,15 +462,9 @@ def match_results(annotations: CocoAnnotations, results: Sequence[Mapping[str, A
 
     `results` are valid (`check_results`), with the joints of the file.
     """
-    rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
-    image_of_pose = np.array([rows[record["image_id"]] for record in results], dtype=np.int64)
-    joints = len(annotations.joints)
-    triples = np.array([record["keypoints"] for record in results], dtype=np.float64).reshape(-1, joints, 3)
     persons = annotations.persons
-    image_of_person = annotations.image_index[persons]
-    matched = np.full((len(persons), joints, 2), np.nan)
-    for image in np.unique(image_of_person):
-        its_persons, its_poses = np.flatnonzero(image_of_person == image), triples[image_of_pose == image, :, :2]
+    matched = np.full((len(persons), len(annotations.joints), 2), np.nan)
+    for its_persons, _, its_poses in _by_image(annotations, results):
         truth = persons[its_persons]
         pose = match_poses(its_poses, annotations.keypoints[truth], annotations.visibility[truth])
         matched[its_persons[pose >= 0]] = its_poses[pose[pose >= 0]]
@@ -501,6 +520,27 @@ def mean_pose(keypoints: np.ndarray, visibility: np.ndarray, boxes: np.ndarray) 
 def place_pose(pose: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """`pose` `[K, 2]`, in fractions of a box, put into each of boxes `[N, 4]` xywh: `[N, K, 2]`, the boxes' pixels."""
     return boxes[:, None, :2] + pose * boxes[:, None, 2:]
+
+
+def _by_image(
+    annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each image with persons: which of `annotations.persons` it shows, which `results`, and their `[M, K, 2]`."""
+    rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
+    image_of_pose = np.array([rows[record["image_id"]] for record in results], dtype=np.int64)
+    triples = np.array([record["keypoints"] for record in results], dtype=np.float64)
+    triples = triples.reshape(-1, len(annotations.joints), 3)
+    image_of_person = annotations.image_index[annotations.persons]
+    for image in np.unique(image_of_person):
+        its_poses = np.flatnonzero(image_of_pose == image)
+        yield np.flatnonzero(image_of_person == image), its_poses, triples[its_poses, :, :2]
+
+
+def _mean_distances(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray) -> np.ndarray:
+    """Mean distance `[N, M]` over the labelled joints, as `match_poses` takes them; 0 of a person without any."""
+    labelled = visibility > 0
+    distance = np.linalg.norm(truth[:, None] - predicted[None], axis=-1)  # [N, M, K]
+    return (distance * labelled[:, None]).sum(-1) / np.maximum(labelled.sum(1), 1)[:, None]
 
 
 def _summary(evaluation: COCOeval) -> dict[str, float]:

@@ -176,7 +176,9 @@ def test_labels_are_chosen_alike_by_test_and_score(files: Path, capsys: pytest.C
     report = test.main(replace(asked, labelled_joints=3))
     assert report["metrics"]["mean pose PCK/right_foot"] == pytest.approx(1 / 3)  # two of three were not detected
     assert report["metrics"]["PCK/head"] is None
-    assert {"joints": "invisible", "labelled_joints": 3, "instances": 3}.items() <= report["protocol"].items()
+    assert {"joints": "invisible", "labelled_joints": 3, "instances": 3, "persons_left_out": 1}.items() <= report[
+        "protocol"
+    ].items()
     capsys.readouterr()
     skeleton = str(write(files / "skeleton.yaml", SKELETON.to_dict()))
     arguments = ["score", "--annotations", annotations, "--predictions", str(files / "out" / "predictions.json")]
@@ -185,7 +187,9 @@ def test_labels_are_chosen_alike_by_test_and_score(files: Path, capsys: pytest.C
         assert main([*arguments, "--metric", metric]) == 0
         scored = json.loads(capsys.readouterr().out)
         assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
-        assert {"joints": "invisible", "labelled_joints": 3, "instances": 3}.items() <= scored["protocol"].items()
+        assert {"joints": "invisible", "labelled_joints": 3, "instances": 3, "persons_left_out": 1}.items() <= scored[
+            "protocol"
+        ].items()
     assert main([*arguments[:-2], "1"]) == 2
     assert "some.json: none of its 4 persons has a joint labelled invisible to score among" in capsys.readouterr().err
     assert main([*arguments[:-2], "0"]) == 2

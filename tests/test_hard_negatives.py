@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.__main__ import main as evaluation
+from finetune.__main__ import main as finetune
 from finetune.hard_negatives import read_hard_negatives, touching
-from poserelay.datasets.coco import read_coco
+from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.errors import UserError
+from poserelay.synthesize import SynthesizeConfig
+from poserelay.synthesize import main as synthesize
 
 BOX = st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 8), st.integers(0, 8))
 PLACED = st.lists(st.tuples(BOX, st.integers(0, 3)), max_size=8)
@@ -87,3 +92,71 @@ def test_files_without_a_hard_negative_are_told(tmp_path: Path) -> None:
     truth, detections = files(tmp_path, [detection(9, 6, 6, 5, 5)])
     with pytest.raises(UserError, match="none of its 1 detections"):
         read_hard_negatives(str(detections), read_coco(truth), 0.5)
+
+
+def planted(annotations: CocoAnnotations, seed: int) -> list[dict]:
+    """At most two boxes of a person's shape per picture, clear of everybody."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for row, (image, (height, width)) in enumerate(
+        zip(annotations.image_ids, annotations.image_sizes.tolist(), strict=True)
+    ):
+        wide = rng.uniform(0.2, 0.4, 200) * width
+        high = rng.uniform(1.3, 2, 200) * wide
+        near = rng.uniform(0, 1, (2, 200)) * (width - wide, height - high)
+        boxes = np.stack([*near, wide, high], 1)
+        clear = ~touching(boxes, np.full(200, row), annotations.boxes, annotations.image_index)
+        found += [detection(image, *box) for box in boxes[clear][:2].tolist()]
+    return found
+
+
+@pytest.mark.slow
+def test_hard_negatives_lower_the_scores_of_false_detections_and_leave_recall(tmp_path: Path) -> None:
+    """On other pictures than those that the false detections of training are on."""
+    for name, seed, images in (("train", 0, 80), ("test", 1, 60)):
+        synthesize(SynthesizeConfig(out=str(tmp_path / name), images=images, seed=seed, size=128, workers=1))
+        detections = planted(read_coco(tmp_path / name / "annotations.json"), seed)
+        assert len(detections) > images
+        (tmp_path / f"{name}.json").write_text(json.dumps(detections))
+    config = {
+        "model": {
+            "backbone": {"name": "timm", "kwargs": {"model": "test_resnet"}},
+            "head": {"name": "simple", "kwargs": {"deconv_channels": [32, 32, 32]}},
+            "skeleton": "coco17",
+            "input": {"height": 64, "width": 64},
+        },
+        "data": {
+            "annotations": str(tmp_path / "train/annotations.json"),
+            "images": str(tmp_path / "train/images"),
+        },
+        "optim": {"batch_size": 16, "lr_batch": 16, "lr": 3e-3, "steps": 300, "drops": [220]},
+        "augmentation": {"rotation": 0, "scale": 0},
+        "sigma": 1.5,
+        "threads": 1,
+        "workers": 0,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    hard = ("--hard_negatives.detections", str(tmp_path / "train.json"), "--hard_negatives.ratio", "0.5")
+
+    def scores_and_recall(arm: str, boxes: str) -> tuple[float, float, float]:
+        """Mean score of the poses, AR, and share of joints found; every pose stays."""
+        asked = {"annotations": tmp_path / "test/annotations.json", "images": tmp_path / "test/images", "boxes": boxes}
+        model, out = tmp_path / arm / "export/model.safetensors", tmp_path / arm / "scores"
+        arguments = [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+        arguments += ["--checkpoint", str(model), "--out", str(out), "--workers", "0", "--decoding.nms_threshold", "1"]
+        assert evaluation(["test", *arguments]) == 0
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        poses = json.loads((out / "predictions.json").read_text())
+        return float(np.mean([pose["score"] for pose in poses])), metrics["AR"], metrics["PCK"]
+
+    persons, nobody = {}, {}
+    for arm, more in (("without", ()), ("with", hard)):
+        assert finetune(["--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / arm), *more]) == 0
+        persons[arm] = scores_and_recall(arm, "gt")
+        nobody[arm] = scores_and_recall(arm, str(tmp_path / "test.json"))
+    print(persons, nobody)
+    assert nobody["without"][0] > 0.3
+    assert nobody["with"][0] < 0.2 * nobody["without"][0]
+    assert persons["with"][0] > 0.8 * persons["without"][0]
+    assert persons["with"][1] == pytest.approx(persons["without"][1], abs=0.02)
+    assert persons["with"][2] == pytest.approx(persons["without"][2], abs=0.04)
