@@ -113,8 +113,8 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
       human pose estimation" (DARK), only where 1 < x < W - 2 and 1 < y < H - 2, with values under 1e-10 raised to it.
 
     Parabola and paraboloid fit the map's values, not their logarithms: on a noise-free Gaussian both are off by 0.01 px
-    on average at sigma 2, the parabola by 0.02 px at sigma 1.6, where DARK is exact. Noise of 1 % of the peak makes that
-    0.055, 0.037 and 0.044 px (0.2 for "quarter"), and 0.017, 0.015 and 0.014 px after a blur of 1. The window of
+    on average at sigma 2, the parabola by 0.02 px at sigma 1.6, where DARK is exact. Noise of 1 % of the peak makes
+    that 0.055, 0.037 and 0.044 px (0.2 for "quarter"), and 0.017, 0.015 and 0.014 px after a blur of 1. The window of
     parabola and paraboloid is moved inside the map where the peak is at its border; DARK leaves the outer two pixels
     unrefined. DARK is meant for a blur as wide as the targets' Gaussian, blur=2 at sigma 2. There its authors cut the
     kernel to 11 pixels, pad with zeros, and take the largest pixel and the score from the map before the filter; here
@@ -288,8 +288,9 @@ def flip_back(heatmaps_of_flipped: Tensor, flip_index: Sequence[int], shift: flo
     heatmaps_of_flipped `[B, K, H, W]`; `flip_index` names for each joint its mirror joint (`Skeleton.flip_index`);
     `shift` in heatmap pixels, 0 to 1, moves the mirrored-back maps to the right by linear interpolation (Eq. 25 with
     shift = 1 / r; the leftmost column stays, as HRNet's). With the "hrnet" alignment the exact shift is 1 - 1 / stride,
-    HRNet's own is 1; with "udp" it is 0. Interpolation moves the peak of a Gaussian of sigma 2 by up to 0.012 px more or
-    less than the shift, none at shift 0, 0.5 and 1. Returns `[B, K, H, W]`; float64 is kept, all else becomes float32.
+    HRNet's own is 1; with "udp" it is 0. The peak of a Gaussian of sigma 2 lands within 0.012 px of where the shift
+    should move it, exactly there at shift 0, 0.5 and 1. Returns `[B, K, H, W]`; float64 is kept, all else becomes
+    float32.
     ValueError: shift outside 0 to 1.
     """
     if not 0 <= shift <= 1:
