@@ -178,8 +178,8 @@ class CompareConfig:
 class PredictConfig:
     """Draw predicted skeletons on pictures and write the poses."""
 
-    checkpoint: File
-    """Hand-off file (export/model.safetensors) of a pose model."""
+    checkpoint: list[File] | File
+    """Hand-off file (export/model.safetensors) of a pose model, or a list of them: the mean of their heatmaps."""
     images: File
     """A picture, or a folder of pictures (looked through recursively)."""
     out: File

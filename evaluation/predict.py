@@ -20,9 +20,9 @@ from poserelay.datasets.sampling import read_image
 from poserelay.datasets.unlabelled import list_images
 from poserelay.distributed import start
 from poserelay.drawing import contact_sheet, draw_poses
+from poserelay.ensemble import load_models
 from poserelay.errors import UserError
 from poserelay.inference import predict_images
-from poserelay.model import load_model
 from poserelay.run import write_atomic, write_json
 
 from .config import PredictConfig
@@ -47,9 +47,11 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
 
     Raises UserError for input that cannot be used and UnreadableImage for a picture that cannot be read.
     """
-    verify_handoff(config.checkpoint)
+    checkpoints = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
+    for checkpoint in checkpoints:
+        verify_handoff(checkpoint)
     root, pictures = find_pictures(config)
-    model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
+    model = load_models(checkpoints).to(start(config.device, "fp32", config.threads).device)
     joints = len(model.skeleton.joints)
     out = Path(config.out)
     targets = _targets(config, root, pictures)

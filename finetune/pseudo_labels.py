@@ -25,10 +25,11 @@ from poserelay.datasets.topdown import TopDownDataset
 from poserelay.datasets.unlabelled_persons import read_images
 from poserelay.detection import images_path
 from poserelay.distributed import start
-from poserelay.ensemble import load_models
+from poserelay.ensemble import Ensemble, load_models
 from poserelay.errors import CheckFailed, UnreadableImage, UserError
 from poserelay.inference import Poses, predict_poses, suppress
 from poserelay.keypoints import Skeleton
+from poserelay.model import PoseModel
 from poserelay.run import file_sha256, write_json
 
 from .pseudo_labels_config import PseudoLabelsConfig
@@ -49,7 +50,7 @@ def main(config: PseudoLabelsConfig) -> dict[str, Any]:
     listed = list_path(config)
     check_out(config, listed)
     checkpoints = [{"name": Path(path).name, "sha256": verify_handoff(path)} for path in config.checkpoints]
-    models: Any = load_models(config.checkpoints)  # one or several: inference treats them alike
+    models = load_models(config.checkpoints)
     images = read_images(listed, models.skeleton)
     detections, threshold, persons_per_picture = choose_persons(config, images)
     sources = {"boxes": config.boxes, "pictures": listed, "match": config.match}
@@ -177,7 +178,7 @@ def nearest_threshold(scores: np.ndarray, pictures: int, persons: int, of_pictur
 
 
 def readable_persons(
-    config: PseudoLabelsConfig, images: CocoAnnotations, detections: Detections, models: Any
+    config: PseudoLabelsConfig, images: CocoAnnotations, detections: Detections, models: PoseModel | Ensemble
 ) -> tuple[TopDownDataset, int]:
     """The persons to predict, and the number of pictures left out because they cannot be read, named on stderr.
 

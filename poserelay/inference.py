@@ -24,6 +24,7 @@ from .geometry import apply_affine, box_to_affine, invert_affine
 from .scoring import order_of_file, sigma_source
 
 if TYPE_CHECKING:
+    from .ensemble import Ensemble
     from .model import PoseModel
 
 
@@ -72,7 +73,7 @@ def flip_shift(decoding: Decoding, alignment: str, stride: float) -> float:
     return 0.0 if alignment == "udp" else 1.0 - 1.0 / stride
 
 
-def predict_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor]:
+def predict_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor]:
     """Keypoints `[B, K, 2]` in image pixels and the heights of their peaks `[B, K]`, float32 on the CPU.
 
     The model is in eval mode, the batch on its device.
@@ -83,7 +84,7 @@ def predict_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tup
 
 
 @torch.inference_mode()
-def forward_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
+def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
     """Heatmaps `[B, K, h, w]` of the crops and, with `decoding.flip`, of the mirrored crops, float32 on the device.
 
     The mirrored crops' are as the network gives them: `decode_crops` turns them back. Otherwise as `predict_crops`.
@@ -95,7 +96,7 @@ def forward_crops(model: PoseModel, batch: CropBatch, decoding: Decoding) -> tup
 
 @torch.inference_mode()
 def decode_crops(
-    model: PoseModel, batch: CropBatch, maps: Tensor, mirrored: Tensor | None, decoding: Decoding
+    model: PoseModel | Ensemble, batch: CropBatch, maps: Tensor, mirrored: Tensor | None, decoding: Decoding
 ) -> tuple[Tensor, Tensor]:
     """What `predict_crops` returns and raises, from the heatmaps that `forward_crops` gave for the batch."""
     input_size, heatmap_size = (batch.images.shape[-2], batch.images.shape[-1]), (maps.shape[-2], maps.shape[-1])
@@ -112,7 +113,7 @@ def decode_crops(
 
 
 def predict_poses(
-    model: PoseModel,
+    model: PoseModel | Ensemble,
     dataset: TopDownDataset,
     decoding: Decoding,
     batch_size: int = 64,
@@ -138,7 +139,7 @@ def predict_poses(
 
 
 def predict_dataset(
-    model: PoseModel,
+    model: PoseModel | Ensemble,
     dataset: TopDownDataset,
     decoding: Decoding,
     batch_size: int = 64,
@@ -157,7 +158,7 @@ def predict_dataset(
 
 
 def predict_images(
-    model: PoseModel,
+    model: PoseModel | Ensemble,
     images: Sequence[np.ndarray | str | Path],
     boxes: Sequence[np.ndarray],
     decoding: Decoding | None = None,
@@ -273,7 +274,7 @@ def _raise_or_batch(item: CropBatch | UnreadableImage) -> CropBatch:
     return item
 
 
-def _predict_batches(model: PoseModel, batches: Iterable[CropBatch], decoding: Decoding) -> Poses:
+def _predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], decoding: Decoding) -> Poses:
     joints, device = len(model.skeleton.joints), _device(model)
     model.eval()
     keypoints, joint_scores = [np.zeros((0, joints, 2))], [np.zeros((0, joints))]
@@ -302,7 +303,9 @@ def _predict_batches(model: PoseModel, batches: Iterable[CropBatch], decoding: D
     )
 
 
-def _crops(model: PoseModel, image: np.ndarray | str | Path, boxes: np.ndarray, row: int) -> Iterator[CropRecord]:
+def _crops(
+    model: PoseModel | Ensemble, image: np.ndarray | str | Path, boxes: np.ndarray, row: int
+) -> Iterator[CropRecord]:
     picture = image if isinstance(image, np.ndarray) else read_image(image)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"image {row}: {picture.dtype} {list(picture.shape)}, expected uint8 [H, W, 3]")
@@ -328,5 +331,5 @@ def _crops(model: PoseModel, image: np.ndarray | str | Path, boxes: np.ndarray, 
         )
 
 
-def _device(model: PoseModel) -> torch.device:
+def _device(model: PoseModel | Ensemble) -> torch.device:
     return next(model.parameters()).device

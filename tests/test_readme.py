@@ -35,6 +35,7 @@ LESS = {
     "poserelay select": ["--count", "4", "--workers", "0", "--threads", "1"],
     "poserelay prepare": ["--workers", "1"],
     "evaluation test": ["--workers", "0", "--threads", "1"],
+    "evaluation timing": ["--threads", "1", "--workers", "0", "--repeats", "1"],
     "evaluation embeddings": ["--workers", "0", "--threads", "1", "--neighbours", "2", "--method", "pca"],
 }
 LAUNCHES = {
