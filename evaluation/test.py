@@ -53,8 +53,7 @@ def main(config: TestConfig) -> dict[str, Any]:
     hidden = is_hidden(config.annotations)
     if hidden:
         check_hidden(config)
-    # One or several: inference treats them alike.
-    model: Any = load_models(paths).to(start(config.device, "fp32", config.threads).device)
+    model = load_models(paths).to(start(config.device, "fp32", config.threads).device)
     annotations = read_hidden(config.annotations, model.skeleton) if hidden else read_coco(config.annotations)
     truth = scored_truth(annotations, model.skeleton, config.joints, config.labelled_joints)
     detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
