@@ -149,15 +149,13 @@ def _persons_in_cache(heatmaps: Tensor) -> int:
 
 
 def _peaks(heatmaps: Tensor, refine: Refine) -> tuple[Tensor, Tensor]:
-    batch, joints, height, width = heatmaps.shape
-    # The maxima of strips of rows, then two short searches: unlike an argmax, the pass over the whole map vectorises.
-    rows = math.gcd(height, 4)
-    strips = heatmaps.reshape(batch * joints, height // rows, rows * width)
-    score, strip = strips.amax(-1).max(-1)
-    first = torch.arange(batch * joints, device=heatmaps.device) * (height // rows)
-    within = strips.flatten(0, 1).index_select(0, first + strip).max(-1).indices
-    peak = torch.stack((within % width, strip * rows + within // width), -1).view(batch, joints, 2)
-    score = score.view(batch, joints)
+    height, width = heatmaps.shape[-2:]
+    flat = heatmaps.flatten(-2)
+    # On the CPU numpy's argmax vectorises, torch's does not.
+    on_cpu = flat.device.type == "cpu"
+    largest = torch.from_numpy(flat.detach().numpy().argmax(-1)) if on_cpu else flat.argmax(-1)
+    score = flat.gather(-1, largest[..., None]).squeeze(-1)
+    peak = torch.stack((largest % width, largest // width), -1)
     if refine == "none" or min(height, width) < 3:
         xy = peak.to(heatmaps.dtype)
     elif refine == "quarter":
