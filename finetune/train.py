@@ -46,6 +46,9 @@ from .config import SOURCES, FinetuneConfig
 from .hard_negatives import read_hard_negatives
 from .mixture import Mixture, Phase, plan_phases
 
+LOSSES = ("loss", "main_loss", "auxiliary_loss")
+"""What is logged: CCM's Eq. 9 and its two parts, where there are two."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -202,7 +205,8 @@ def train(
             due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
-                values = {"loss": losses.flush(fabric)[0], "unreadable": unreadable.check(fabric), **progress.rates()}
+                means = dict(zip(LOSSES, losses.flush(fabric), strict=False))
+                values = {**means, "unreadable": unreadable.check(fabric), **progress.rates()}
                 if journal:
                     journal.write("train", state.step, epoch, {**values, "lr": plain_optimizer.param_groups[0]["lr"]})
             if epoch_ends:
@@ -228,21 +232,21 @@ def train(
 
 def training_step(
     fabric: Fabric, network: Any, model: PoseModel, optimizer: Any, batch: CropBatch, config: FinetuneConfig
-) -> torch.Tensor:
-    """One optimiser step on a batch; returns its loss (CCM Eq. 9), a scalar on the device."""
+) -> Tensor:
+    """One optimiser step on a batch; returns its LOSSES, `[1]` or with an auxiliary decoder `[3]`, on the device."""
     batch = batch.to(fabric.device)
     heatmaps, *auxiliary = (maps.float() for maps in network(model.preprocess(batch.images)))  # each [B, K, h, w]
     size = (heatmaps.shape[-2], heatmaps.shape[-1])
     # HRNet's half of Eq. 8, which Adam does not see.
     loss = joints_mse(heatmaps, *gaussian_targets(batch, model, size, config.sigma, quantize=config.quantize))
+    losses = [loss]
     for maps in auxiliary:
-        loss = loss + config.auxiliary_weight * auxiliary_loss(
-            maps, batch, model, config.sigma, quantize=config.quantize
-        )
+        extra = auxiliary_loss(maps, batch, model, config.sigma, quantize=config.quantize)
+        losses = [loss + config.auxiliary_weight * extra, loss, extra]  # Eq. 9
     optimizer.zero_grad()
-    fabric.backward(loss)
+    fabric.backward(losses[0])
     optimizer.step()
-    return loss
+    return torch.stack(losses)
 
 
 def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State, folder: Path) -> dict[str, float]:

@@ -119,6 +119,19 @@ def test_rows_follow_their_joints_between_skeletons(tmp_path: Path) -> None:
         assert torch.equal(value, target.backbone.state_dict()[name])
 
 
+def test_both_decoders_of_ccm_follow_their_joints(tmp_path: Path) -> None:
+    """A -> C of CCM's Table 5: AIC's 14 joints to COCO's 17."""
+    head = Named("ccm", {"channels": [8]})
+    source, target = build_model(config("aic14", head)), build_model(config("coco17", head))
+    report = init_from(target, export(source, tmp_path / "aic.safetensors"))
+    assert report.joints_initialised == ("nose", "left_eye", "right_eye", "left_ear", "right_ear")
+    row = source.skeleton.joints.index("left_knee")
+    for name in ("final_layer.weight", "auxiliary.final_layer.weight"):
+        copied, own = source.head.state_dict()[name], target.head.state_dict()[name]
+        assert own.shape[0] == 17
+        assert torch.equal(own[target.skeleton.joints.index("left_knee")], copied[row])
+
+
 @given(data=st.data())
 @settings(deadline=None)
 def test_rows_by_joint_on_any_skeletons(data: st.DataObject) -> None:

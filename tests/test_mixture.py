@@ -251,8 +251,11 @@ def test_the_start_says_what_is_mixed_and_the_hand_off_names_no_path(
     assert "from step" in said
     assert "on CH" in said
     assert str(tmp_path).encode() not in (tmp_path / "run/export/model.safetensors").read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert {row["lr"] for row in rows if row["kind"] == "train"} == {1e-3, 1e-4}
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["main_loss"] + 0.5 * row["auxiliary_loss"])
+    assert {row["lr"] for row in rows} == {1e-3, 1e-4}
     # The exported auxiliary decoder goes on to the next stage, and a resumed command finds the run done.
     assert finetune(arguments) == 0
     more = ("--init_from", str(tmp_path / "run/export/model.safetensors"), "--then", "{epochs: 0}")
