@@ -13,15 +13,18 @@ def read_hard_negatives(
 ) -> Detections:
     """The detections scored at least `threshold` that touch no annotated box of their image, crowds included.
 
+    Those wholly outside their image, which would be black crops, are skipped.
+
     image_ids: only these images; None: all of `annotations`, those without a person too.
 
     Raises:
         UserError: the file cannot be read, or no detection is left.
     """
     found = read_detections(path, annotations, threshold)
-    taken = np.ones(len(found.boxes), dtype=bool)
+    near, far = found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]
+    taken = ((far > 0) & (near < annotations.image_sizes[found.image_index][:, ::-1])).all(axis=1)
     if image_ids is not None:
-        taken = np.isin(np.array(annotations.image_ids)[found.image_index], image_ids)
+        taken &= np.isin(np.array(annotations.image_ids)[found.image_index], image_ids)
     kept = taken & ~touching(found.boxes, found.image_index, annotations.boxes, annotations.image_index)
     if not kept.any():
         raise UserError(

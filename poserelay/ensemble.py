@@ -74,10 +74,11 @@ def load_models(paths: str | Path | Sequence[str | Path]) -> PoseModel | Ensembl
 
 
 def resample(heatmaps: Tensor, size: tuple[int, int], alignment: Alignment) -> Tensor:
-    """Heatmaps `[..., h, w]` at another resolution, (height, width) heatmap pixels, bilinearly.
+    """Heatmaps `[..., h, w]` at another resolution, (height, width) heatmap pixels, by Keys' cubic (a = -0.5).
 
     A place of the input picture keeps its value: with "hrnet" the pixels (0, 0) lie on each other and x grows with the
-    width, with "udp" the corner pixels do; beyond the last pixel its value is repeated.
+    width, with "udp" the corner pixels do; beyond the last pixel its value is repeated. Cubic because a parabola is
+    fitted to the peak afterwards, which a bilinear map would draw to the coarse pixel.
     """
     if tuple(heatmaps.shape[-2:]) == tuple(size):
         return heatmaps
@@ -89,8 +90,13 @@ def _interpolation_matrix(target: int, source: int, alignment: Alignment) -> Ten
     """`[target, source]`: what each source pixel counts at the target pixels."""
     edge = 1 if alignment == "udp" else 0
     position = torch.arange(target, dtype=torch.float64) * (source - edge) / max(1, target - edge)
-    distance = position.clamp(max=source - 1)[:, None] - torch.arange(source)
-    return (1 - distance.abs()).clamp(min=0)
+    position = position.clamp(max=source - 1)[:, None]
+    taps = position.floor().long() + torch.arange(-1, 3)
+    distance = (position - taps).abs()
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0))
+    return weights.new_zeros(target, source).scatter_add_(1, taps.clamp(0, source - 1), weights)
 
 
 def _check_alike(members: Mapping[str, PoseModel]) -> None:

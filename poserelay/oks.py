@@ -27,7 +27,7 @@ def oks(
     is > 0. A pose of b without any such joint has OKS 0 (pycocotools measures the distance to its box there).
     """
     # Joints first and x apart from y: sums over a short last axis are slow on the CPU.
-    scale = math.sqrt(8) * torch.as_tensor(sigmas).to(keypoints_a)  # sqrt(2) k
+    scale = math.sqrt(8) * torch.as_tensor(sigmas, dtype=torch.float64).to(keypoints_a)  # sqrt(2) k
     x_a, y_a = (keypoints_a / scale[:, None]).permute(2, 1, 0)  # [K, N]
     x_b, y_b = (keypoints_b / scale[:, None]).permute(2, 1, 0)  # [K, M]
     distance = (x_a[:, :, None] - x_b[:, None]).square() + (y_a[:, :, None] - y_b[:, None]).square()  # [K, N, M]
@@ -181,7 +181,7 @@ def _overlaps(keypoints: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float]
     1 on the diagonal, also of a pose of NaN.
     """
     images, count, joints = keypoints.shape[:3]
-    scale = math.sqrt(8) * torch.as_tensor(sigmas).to(keypoints.device, torch.float64)  # sqrt(2) k
+    scale = math.sqrt(8) * torch.as_tensor(sigmas, dtype=torch.float64).to(keypoints.device)  # sqrt(2) k
     x, y = (keypoints.detach().double().permute(3, 0, 1, 2) / scale).contiguous()
     half = areas.detach().double() / -2
     overlaps = torch.zeros((images, count**2), dtype=torch.float64, device=keypoints.device)

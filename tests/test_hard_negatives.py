@@ -75,13 +75,15 @@ def test_sure_detections_clear_of_everybody_are_taken(tmp_path: Path) -> None:
             detection(2, 0, 0, 90, 90),  # nobody in the picture
             detection(2, 0, 0, 90, 90, score=0.49),
             detection(3, 40, 40, 20, 20),  # a person without joints
+            detection(2, 100, 0, 20, 20),  # outside the picture
+            detection(2, -20, 0, 20, 20),
         ],
     )
     annotations = read_coco(truth)
     found = read_hard_negatives(str(detections), annotations, 0.5)
     assert found.boxes[:, 0].tolist() == [30, 25, 0]
     assert found.image_index.tolist() == [0, 0, 1]
-    assert found.skipped == 4
+    assert found.skipped == 6
     assert read_hard_negatives(str(detections), annotations, 0.5, [1]).boxes[:, 0].tolist() == [30, 25]
 
 
