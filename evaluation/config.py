@@ -100,8 +100,8 @@ class TestConfig:
 class TimingConfig:
     """Time a pose model per person: network forward, heatmaps to coordinates, evaluation (CCM, Table 9)."""
 
-    checkpoint: File
-    """Hand-off file (export/model.safetensors) of a pose model."""
+    checkpoint: list[File] | File
+    """Hand-off file (export/model.safetensors) of a pose model, or a list of them: the mean of their heatmaps."""
     annotations: File
     """COCO-keypoint JSON with the truth."""
     images: File

@@ -23,8 +23,9 @@ from poserelay.config import Decoding
 from poserelay.datasets.coco import CocoAnnotations, Detections, read_coco, read_detections
 from poserelay.datasets.topdown import TopDownDataset, collate
 from poserelay.distributed import start
+from poserelay.ensemble import Ensemble, load_models
 from poserelay.inference import Poses, decode_crops, forward_crops, predict_poses, rescore, suppress, to_results
-from poserelay.model import PoseModel, load_model
+from poserelay.model import PoseModel
 from poserelay.run import write_json
 from poserelay.scoring import oks_metrics, order_of_file, parsed_truth, scored_truth, sigma_source
 
@@ -70,10 +71,11 @@ def main(config: TimingConfig) -> dict[str, Any]:
     Raises UserError for input that cannot be used and for a picture that cannot be read, CheckFailed for heatmaps that
     are not finite.
     """
-    sha256 = verify_handoff(config.checkpoint)
+    paths = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
+    sha256 = [verify_handoff(path) for path in paths]
     annotations = read_coco(config.annotations)
     detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
-    model = load_model(config.checkpoint).to(start(config.device, "fp32", config.threads).device)
+    model = load_models(paths).to(start(config.device, "fp32", config.threads).device)
     dataset = first_persons(annotations, detections, model, config)
     persons = read_persons(dataset, model, config)
 
@@ -91,14 +93,14 @@ def main(config: TimingConfig) -> dict[str, Any]:
             "images": len(persons.truth["images"]),
             "batch_size": config.batch_size,
             "repeats": config.repeats,
-            "backbone": model.config.backbone.name,
+            "networks": networks(model),
             "skeleton": sigma_source(model.skeleton),
             "input": f"{model.input.height}x{model.input.width}",
             "heatmap": "x".join(map(str, model.heatmap_size)),
             "device": device_name(persons.batches[0].images.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "sha256": sha256,
+            "sha256": sha256[0] if len(sha256) == 1 else sha256,
             "decodings": {label(decoding): to_plain(decoding) for decoding in config.decodings},
         },
     }
@@ -109,7 +111,7 @@ def main(config: TimingConfig) -> dict[str, Any]:
 
 
 def first_persons(
-    annotations: CocoAnnotations, detections: Detections | None, model: PoseModel, config: TimingConfig
+    annotations: CocoAnnotations, detections: Detections | None, model: PoseModel | Ensemble, config: TimingConfig
 ) -> TopDownDataset:
     """The crops of as many of the first images as hold at most `count` persons.
 
@@ -136,7 +138,7 @@ def first_persons(
     )
 
 
-def read_persons(dataset: TopDownDataset, model: PoseModel, config: TimingConfig) -> Persons:
+def read_persons(dataset: TopDownDataset, model: PoseModel | Ensemble, config: TimingConfig) -> Persons:
     """The crops on the model's device, with what their poses are scored by.
 
     Raises UserError where the file has none of the model's joints, UnreadableImage and CheckFailed as `predict_poses`.
@@ -163,7 +165,7 @@ def read_persons(dataset: TopDownDataset, model: PoseModel, config: TimingConfig
     )
 
 
-def timed_pass(model: PoseModel, persons: Persons, decoding: Decoding) -> tuple[Times, Poses]:
+def timed_pass(model: PoseModel | Ensemble, persons: Persons, decoding: Decoding) -> tuple[Times, Poses]:
     """What `evaluation test` does with crops, timed; and the poses that are left, of the joints that are scored.
 
     Raises UserError where the images show no labelled person, CheckFailed as `decode_crops`.
@@ -209,6 +211,13 @@ def label(decoding: Decoding) -> str:
     default = to_plain(Decoding())
     given = {name: value for name, value in to_plain(decoding).items() if value != default[name] and name != "refine"}
     return ", ".join([decoding.refine, *(f"{name} {value}" for name, value in given.items())])
+
+
+def networks(model: PoseModel | Ensemble) -> list[str]:
+    """Backbone and head of the model, or of each of an ensemble's."""
+    members: Any = model.members if isinstance(model, Ensemble) else [model]
+    named = [(member.config.backbone, member.config.head) for member in members]
+    return [f"{backbone.kwargs.get('model', backbone.name)} {head.name}" for backbone, head in named]
 
 
 def device_name(device: torch.device) -> str:

@@ -33,7 +33,8 @@ class SourceConfig:
     images: OptionalFile = None
     """Folder that the JSON's file names are relative to."""
     ratio: float | None = None
-    """Persons of this source in an epoch for each labelled person of `data`, drawn anew every epoch; null: all once."""
+    """Persons of this source in an epoch for each labelled person of `data`, whether or not that is trained on, drawn
+    anew every epoch; null: all once."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ class FinetuneConfig:
                 raise ValueError(f"then.{name} is {value}, expected a positive number")
         if list(self.then.drops) != sorted(set(self.then.drops)) or min(self.then.drops, default=1) < 1:
             raise ValueError(f"then.drops is {list(self.then.drops)}, expected numbers from 1 on, in rising order")
+        if self.then.epochs and self.then.steps:
+            raise ValueError("then.epochs and then.steps are both given; give one of them")
         if not self.has_second_phase and (self.then.train_on or self.then.drops):
             raise ValueError("then.train_on or then.drops is given, but no then.epochs or then.steps; give one of them")
 

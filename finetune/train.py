@@ -31,7 +31,7 @@ from poserelay.datasets.sampling import EpochBatches, PhasedBatches, training_lo
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
-from poserelay.errors import Interrupted
+from poserelay.errors import Interrupted, UserError
 from poserelay.inference import predict_dataset, protocol
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.losses import joints_mse
@@ -42,7 +42,7 @@ from poserelay.scoring import coco_ap
 from poserelay.subsets import Chosen, choose_labelled, drop_labels, write_labels
 from poserelay.supervision import auxiliary_loss, gaussian_targets
 
-from .config import SOURCES, FinetuneConfig
+from .config import SOURCES, FinetuneConfig, SourceConfig
 from .hard_negatives import read_hard_negatives
 from .mixture import Mixture, Phase, plan_phases
 
@@ -59,6 +59,8 @@ class Data:
     sources: dict[str, TopDownDataset]
     """By letter (`config.SOURCES`); C holds the labelled persons of `data`."""
     validation: TopDownDataset | None
+    notes: list[str]
+    """What of the labels is not used, for the start."""
 
 
 class Supervised(nn.Module):
@@ -101,11 +103,8 @@ def main(config: FinetuneConfig) -> None:
     model = build_model(config.model, data.skeleton)
     if config.init_from:
         report = init_from(model, config.init_from)
-        if report.joints_initialised:
-            fabric.print(
-                f"joints not in {config.init_from}, initialised: {', '.join(report.joints_initialised)}",
-                file=sys.stderr,
-            )
+        if report.news:
+            fabric.print(f"not in {config.init_from}, initialised: {'; '.join(report.news)}", file=sys.stderr)
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
     with running(run), watching_peers(fabric):
         on_rank_zero(fabric, lambda: write_labels(run_dir, data.labels))
@@ -115,7 +114,12 @@ def main(config: FinetuneConfig) -> None:
 def load_data(config: FinetuneConfig) -> Data:
     """Read and check the annotation files, and that every picture is there."""
     everyone, skeleton = read_labelled(config.data, config.model)
-    annotations, labels = drop_labels(everyone, choose_labelled(everyone, config.labels), config.labels)
+    chosen = choose_labelled(everyone, config.labels)
+    annotations, labels = drop_labels(everyone, chosen, config.labels)
+    notes = []
+    if config.labels.drop != "nothing":
+        before, after = ((found.visibility[chosen.rows] > 0).sum() for found in (everyone, annotations))
+        notes.append(f"labels.drop {config.labels.drop}: {before - after} of {before} labelled joints are taken away")
 
     def persons(annotations: CocoAnnotations, images: str, **chosen: Any) -> TopDownDataset:
         size, alignment = (config.model.input.height, config.model.input.width), config.model.input.alignment
@@ -123,9 +127,24 @@ def load_data(config: FinetuneConfig) -> Data:
             annotations, images, skeleton, size, augmentation=config.augmentation, alignment=alignment, **chosen
         )
 
+    def others(letter: str, source: SourceConfig) -> TopDownDataset:
+        """The persons of another file with a joint of the skeleton."""
+        found = read_coco(source.annotations or "")
+        known = [column for column in match_joints(found.joints, skeleton.joints) if column is not None]
+        rows = found.persons[(found.visibility[found.persons][:, known] > 0).any(axis=1)] if known else found.persons
+        if not len(rows):
+            raise UserError(
+                f"{found.path}: none of its {len(found.persons)} persons has a labelled joint of skeleton "
+                f"{skeleton.name}; leave {SOURCES[letter]} out, or name the joints alike"
+            )
+        if len(rows) < len(found.persons):
+            lacking = len(found.persons) - len(rows)
+            notes.append(f"{letter} {SOURCES[letter]}: {lacking} persons without a joint of {skeleton.name} left out")
+        return persons(found, source.images or "", rows=rows)
+
     sources = {}
-    if config.external.annotations and config.external.images:
-        sources["A"] = persons(read_coco(config.external.annotations), config.external.images)
+    if config.external.annotations:
+        sources["A"] = others("A", config.external)
     sources["C"] = persons(annotations, config.data.images, rows=labels.rows)
     if config.hard_negatives.detections:
         # Of a choice of labels, other pictures are unlabelled: that nobody is annotated there would be a label.
@@ -137,9 +156,9 @@ def load_data(config: FinetuneConfig) -> Data:
             None if whole else labels.images,
         )
         sources["H"] = persons(everyone, config.data.images, detections=nobody, negative=True)
-    if config.pseudo_labelled.annotations and config.pseudo_labelled.images:
-        sources["U"] = persons(read_coco(config.pseudo_labelled.annotations), config.pseudo_labelled.images)
-    return Data(skeleton, labels, sources, validation_persons(config.data, config.model, skeleton))
+    if config.pseudo_labelled.annotations:
+        sources["U"] = others("U", config.pseudo_labelled)
+    return Data(skeleton, labels, sources, validation_persons(config.data, config.model, skeleton), notes)
 
 
 def train(
@@ -313,13 +332,22 @@ def announce(
         f"{torch.get_num_threads()} threads; batch {global_batch} in all "
         f"({config.optim.batch_size} x {fabric.world_size}), batch norm over {norm}; lr {config.optim.lr:g}"
     ]
-    for letter, source in data.sources.items():
-        drawn = ", then ".join(str(phase.drawn[list(data.sources).index(letter)]) for phase in phases)
-        known = match_joints(source.annotations.joints, data.skeleton.joints)
-        missing = [joint for joint, row in zip(data.skeleton.joints, known, strict=True) if row is None]
-        unsupervised = f"; not supervised there: {', '.join(missing)}" if missing and letter in "AU" else ""
-        if len(data.sources) > 1:
-            lines.append(f"{letter} {SOURCES[letter]}: {drawn} of {len(source)} boxes in an epoch{unsupervised}")
+    lines += data.notes
+    for number, (letter, source) in enumerate(data.sources.items()):
+        if len(data.sources) == 1:
+            break
+        drawn = ", then ".join(str(phase.drawn[number]) for phase in phases)
+        lines.append(f"{letter} {SOURCES[letter]}: {drawn} of {len(source)} boxes in an epoch")
+        if not any(phase.drawn[number] for phase in phases):
+            lines.append(
+                f"warning: {SOURCES[letter]} is given, but no phase trains on {letter} (train_on, then.train_on)"
+            )
+        if letter in "AU":
+            theirs, ours = source.annotations.joints, data.skeleton.joints
+            missing = [joint for joint, row in zip(ours, match_joints(theirs, ours), strict=True) if row is None]
+            unused = [joint for joint, row in zip(theirs, match_joints(ours, theirs), strict=True) if row is None]
+            lines += [f"  not supervised there: {', '.join(missing)}"] * bool(missing)
+            lines += [f"  not joints of {data.skeleton.name}: {', '.join(unused)}"] * bool(unused)
     for phase in phases[1:]:
         lines.append(f"from step {phase.first_step} on {phase.letters}, lr {phase.base_lr:g}, {phase.steps} steps")
     if global_batch != config.optim.lr_batch:

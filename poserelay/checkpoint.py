@@ -39,6 +39,9 @@ State = TypeVar("State", bound=StageState)
 
 FORMAT = 1
 
+AUXILIARY = "auxiliary."
+"""What the names of CCM's auxiliary decoder begin with in its head."""
+
 # A pose head reads HRNet's top branch alone and drops the rows of the last fusion that feed the others.
 UNUSED_FUSE_ROWS = re.compile(r"stage4\.2\.fuse_layers\.[123]\.")
 
@@ -178,7 +181,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
-            f"{source}: does not fit this model: {'; '.join(problems[:4])}{more}; use the same backbone and head"
+            f"{source}: does not fit this model: {'; '.join(problems[:4])}{more}; use the same backbone and head, with "
+            "the same kwargs"
         )
     module.load_state_dict(dict(state))
 
@@ -191,13 +195,22 @@ class InitReport:
     head_copied: bool
     joints_initialised: tuple[str, ...]
     """Joints whose rows of the head's last layer are not in the file and start from the initialisation."""
+    auxiliary_initialised: bool = False
+    """Whether the auxiliary decoder, which the file lacks, starts from the initialisation."""
+
+    @property
+    def news(self) -> list[str]:
+        """What starts from the initialisation, in words."""
+        joints = ["joints " + ", ".join(self.joints_initialised)] if self.joints_initialised else []
+        return joints + ["the auxiliary decoder"] * self.auxiliary_initialised
 
 
 def init_from(model: nn.Module, path: str | Path) -> InitReport:
     """Start a pose model (`.backbone`, `.head`, `.skeleton`, `.config`) from an earlier stage's hand-off file.
 
     A backbone hand-off loads exactly its backbone. A pose model's also loads the head; where the skeletons differ, the
-    rows of `head.final_layer` are copied by joint name. Any other missing or unexpected key is a UserError.
+    rows of `head.final_layer` are copied by joint name. CCM's auxiliary decoder, which only training has, may be in one
+    of the two alone: it is left, or starts from the initialisation. Any other missing or unexpected key is a UserError.
     """
     state, described = read_export(path)
     backbone: Any = model.backbone
@@ -230,12 +243,21 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
         raise UserError(
             f"{path}: holds a {found} head, the config names {config.head and config.head.name}; use the same head"
         )
-    copied, missing = rows_by_joint(
-        parts["head"], head.state_dict(), Skeleton.from_dict(described["skeleton"]), skeleton
-    )
+    given, own_head = parts["head"], head.state_dict()
+    trained, wanted = (any(name.startswith(AUXILIARY) for name in names) for names in (given, own_head))
+    if trained and not wanted:
+        given = {name: value for name, value in given.items() if not name.startswith(AUXILIARY)}
+    copied, missing = rows_by_joint(given, own_head, Skeleton.from_dict(described["skeleton"]), skeleton)
+    if wanted and not trained:
+        copied |= {name: value for name, value in own_head.items() if name.startswith(AUXILIARY)}
     load_exactly(backbone, kept, path)
     load_exactly(head, copied, path)
-    return InitReport(described["stage"], head_copied=True, joints_initialised=missing)
+    return InitReport(
+        described["stage"],
+        head_copied=True,
+        joints_initialised=missing,
+        auxiliary_initialised=wanted and not trained,
+    )
 
 
 def rows_by_joint(

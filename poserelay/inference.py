@@ -232,7 +232,7 @@ def protocol(dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt") -> 
         "boxes_predicted": len(dataset),
         "instances": len(dataset.annotations.persons),
         "flip": decoding.flip,
-        "flip_shift": "exact" if decoding.flip_shift is None else decoding.flip_shift,
+        "flip_shift": None if not decoding.flip else "exact" if decoding.flip_shift is None else decoding.flip_shift,
         "decode": decoding.refine,
         "blur": decoding.blur,
         "rescoring": decoding.rescore_threshold,

@@ -81,9 +81,8 @@ def main(config: SemiConfig) -> None:
     networks = [build_model(config.model, data.skeleton) for _ in range(2 if config.teacher.name == "dual" else 1)]
     for number, network in enumerate(networks if config.init_from else []):
         report = init_from(network, str(config.init_from))
-        if report.joints_initialised:
-            names = ", ".join(report.joints_initialised)
-            fabric.print(f"joints not in {config.init_from}, initialised: {names}", file=sys.stderr)
+        if report.news:
+            fabric.print(f"not in {config.init_from}, initialised: {'; '.join(report.news)}", file=sys.stderr)
         if number and report.head_copied:
             same_start(config)
     if trained:

@@ -132,6 +132,21 @@ def test_both_decoders_of_ccm_follow_their_joints(tmp_path: Path) -> None:
         assert torch.equal(own[target.skeleton.joints.index("left_knee")], copied[row])
 
 
+def test_the_auxiliary_decoder_may_be_in_one_of_two_models_alone(tmp_path: Path) -> None:
+    whole = build_model(config(head=Named("ccm", {"channels": [8]})))
+    alone = build_model(config(head=Named("ccm", {"channels": [8], "auxiliary": False})))
+    with_it, without = export(whole, tmp_path / "with.safetensors"), export(alone, tmp_path / "without.safetensors")
+    fresh = {name: value.clone() for name, value in whole.head.state_dict().items()}
+    assert init_from(whole, without).news == ["the auxiliary decoder"]
+    for name, value in whole.head.state_dict().items():
+        assert torch.equal(value, fresh[name] if name.startswith("auxiliary.") else alone.head.state_dict()[name])
+    assert init_from(alone, with_it).news == []
+    assert torch.equal(alone.head.state_dict()["mixers.0.deconv.weight"], fresh["mixers.0.deconv.weight"])
+    narrow = build_model(config(head=Named("ccm", {"channels": [4]})))
+    with pytest.raises(UserError, match="with the same kwargs"):
+        init_from(narrow, with_it)
+
+
 @given(data=st.data())
 @settings(deadline=None)
 def test_rows_by_joint_on_any_skeletons(data: st.DataObject) -> None:

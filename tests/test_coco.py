@@ -149,7 +149,7 @@ def test_unlabelled_person_may_have_an_empty_box(tmp_path: Path) -> None:
     assert len(read_coco(write(tmp_path, data)).persons) == 2
 
 
-def test_detections(tmp_path: Path) -> None:
+def test_detections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     annotations = read_coco(write(tmp_path, FILE))
     good = {"image_id": 5, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
     path = tmp_path / "boxes.json"
@@ -160,6 +160,7 @@ def test_detections(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.boxes, [[1, 2, 3, 4], [5, 6, 7, 8]])
     np.testing.assert_array_equal(found.scores, [0.9, 0.9])
     assert found.skipped == 3
+    assert "1 of its 5 detections are on images that" in capsys.readouterr().err
 
     def refuse(data: Any, message: str) -> None:
         path.write_text(json.dumps(data))
@@ -170,9 +171,10 @@ def test_detections(tmp_path: Path) -> None:
     refuse([good, {"image_id": 5, "bbox": [1, 2, 3, 4], "score": 1}], "detection number 2 .*category_id is missing")
     refuse([good | {"score": float("nan")}], "field score: NaN is not a finite number")
     refuse([good | {"bbox": [1, 2, 0, 4]}], "field bbox: .*has no area")
+    refuse([*other[1:], good, good | {"bbox": [1, 2, 0, 4]}], "detection number 4 of its list: field bbox: .*has no area")
     refuse([good | {"bbox": [1, 2, 3]}], "field bbox: has 3 numbers")
     refuse([good | {"image_id": 99}], "none of its 1 detections")
-    refuse([], "none of its 0 detections")
+    refuse([], "an empty list")
 
 
 def test_missing_pictures_are_counted(tmp_path: Path) -> None:
@@ -220,3 +222,11 @@ def test_real_files_agree_with_pycocotools(
     # num_keypoints is not used: CrowdPose's leaves labelled persons at 0.
     expected = [r["id"] for r in peer.anns.values() if any(r["keypoints"][2::3]) and not r["iscrowd"]]
     assert sorted(found.ids[found.persons].tolist()) == sorted(expected)
+
+
+def test_joints_of_one_name_are_refused(tmp_path: Path) -> None:
+    data = copy.deepcopy(FILE)
+    keypoints = next(category for category in data["categories"] if category.get("keypoints"))["keypoints"]
+    keypoints[1] = keypoints[0].upper().replace("_", "-")
+    with pytest.raises(UserError, match="are one name"):
+        read_coco(write(tmp_path, data))

@@ -158,6 +158,7 @@ def test_batches_of_phases_resume_in_either() -> None:
         ({"then": PhaseConfig("C")}, "no then.epochs or then.steps"),
         ({"then": PhaseConfig(epochs=2, drops=(3, 2))}, "then.drops"),
         ({"then": PhaseConfig(steps=0)}, "then.steps is 0"),
+        ({"then": PhaseConfig(steps=2, epochs=2)}, "are both given"),
         ({"auxiliary_weight": -1.0}, "auxiliary_weight is -1.0"),
     ],
 )
@@ -260,3 +261,29 @@ def test_the_start_says_what_is_mixed_and_the_hand_off_names_no_path(
     assert finetune(arguments) == 0
     more = ("--init_from", str(tmp_path / "run/export/model.safetensors"), "--then", "{epochs: 0}")
     assert finetune(ccm_arguments(people, tmp_path / "next", *more, "--then.train_on", "null")) == 0
+
+
+def test_persons_without_a_joint_of_the_skeleton_are_left_out_and_counted(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = json.loads((people / "annotations.json").read_text())
+    unseen = [0, 0, 0] * 17
+    for number, person in enumerate(truth["annotations"]):
+        person["keypoints"] = ([5, 5, 2] if number else person["keypoints"][:3]) + [5, 5, 2] + unseen
+        if number:
+            person["keypoints"][:3] = [0, 0, 0]
+    truth["categories"][0]["keypoints"] = ["nose", "tail", *(f"point{number}" for number in range(17))]
+    truth["annotations"][0]["keypoints"][:3] = [5, 5, 2]
+    external = tmp_path / "tails.json"
+    external.write_text(json.dumps(truth))
+    more = ("--external.annotations", str(external), "--save_every", "50", "--labels.drop", "invisible")
+    assert finetune(ccm_arguments(people, tmp_path / "run", *more)) == 0
+    said = capsys.readouterr().err
+    assert f"{len(truth['annotations']) - 1} persons without a joint of coco17 left out" in said
+    assert "not joints of coco17: tail, point0" in said
+    assert "labelled joints are taken away" in said
+    truth["annotations"] = truth["annotations"][1:]
+    external.write_text(json.dumps(truth))
+    assert finetune(ccm_arguments(people, tmp_path / "other", *more)) == 2
+    assert "has a labelled joint of skeleton coco17" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

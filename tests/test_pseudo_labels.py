@@ -300,7 +300,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         ["--box_threshold", "0"],
         "none of its 1 detections has",
     ),
-    "empty": (overwrite("people.json", []), ["--box_threshold", "0"], "none of its 0 detections has category 1"),
+    "empty": (overwrite("people.json", []), ["--box_threshold", "0"], "an empty list, no detection in it"),
     "flat": (
         overwrite("people.json", [found(11, [5, 5, 0, 9], 0.9)]),
         ["--box_threshold", "0"],

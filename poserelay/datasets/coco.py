@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from ..geometry import clip_boxes
+from ..keypoints import match_joints
 
 AREA_OF_BOX = 0.53
 """Share of its box that a person without an annotated area is taken to cover (CrowdPose's evaluator)."""
@@ -124,7 +126,8 @@ def read_detections(
 ) -> Detections:
     """Read a detector's results list (`image_id, category_id, bbox, score`), for the images of `annotations`.
 
-    Detections of another category or image, or scored under the threshold, are left out and counted.
+    Detections of another category or image, or scored under the threshold, are left out and counted; those on images
+    that `annotations` does not list are named on stderr.
 
     Raises:
         UserError: not such a list, a record that cannot be used, or no detection left.
@@ -135,10 +138,13 @@ def read_detections(
         raise UserError(f"{path}: not a detection file: a JSON {_kind(data)}, expected a list of image_id, bbox, score")
     for field in ("image_id", "category_id", "bbox", "score"):
         _require(path, "detection", data, field)
+    if not data:
+        raise UserError(f"{path}: an empty list, no detection in it; was the detector run on these pictures?")
+    kind = "detection"
     rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
-    scores = _numbers(path, data, [record["score"] for record in data], "score", ())
-    _check(path, data, ~np.isfinite(scores), "score", "is not a finite number")
-    _check(path, data, [type(record["image_id"]) is not int for record in data], "image_id", "is not an integer")
+    scores = _numbers(path, data, [record["score"] for record in data], "score", (), kind)
+    _check(path, data, ~np.isfinite(scores), "score", "is not a finite number; mend it or remove the record", kind)
+    _check(path, data, [type(record["image_id"]) is not int for record in data], "image_id", "is not an integer", kind)
     image_index = np.array([rows.get(record["image_id"], -1) for record in data], dtype=np.int64)
     of_category = np.array([record["category_id"] == annotations.category["id"] for record in data], dtype=bool)
     kept = np.flatnonzero((image_index >= 0) & of_category & (scores >= score_threshold))
@@ -147,10 +153,15 @@ def read_detections(
             f"{path}: none of its {len(data)} detections has category {annotations.category['id']}, an image of "
             f"{annotations.path} and a score of at least {score_threshold}; check that the two files belong together"
         )
-    records = [data[row] for row in kept]
-    boxes = _numbers(path, records, [record["bbox"] for record in records], "bbox", (4,))
-    _check_boxes(path, records, boxes, np.ones(len(records), dtype=bool))
-    return Detections(image_index[kept], boxes, scores[kept], skipped=len(data) - len(kept))
+    boxes = _numbers(path, data, [record["bbox"] for record in data], "bbox", (4,), kind)
+    _check_boxes(path, data, boxes, np.isin(np.arange(len(data)), kept), kind)
+    if unknown := int((image_index < 0).sum()):
+        print(
+            f"warning: {path}: {unknown} of its {len(data)} detections are on images that {annotations.path} does not "
+            "list; they are left out",
+            file=sys.stderr,
+        )
+    return Detections(image_index[kept], boxes[kept], scores[kept], skipped=len(data) - len(kept))
 
 
 def read_image_list(path: str | os.PathLike[str]) -> list[str]:
@@ -216,6 +227,13 @@ def _keypoint_category(path: Path, categories: list[Any]) -> dict[str, Any]:
         raise UserError(f"{path}: category {category.get('name')!r}: field id is missing")
     if not isinstance(joints, list) or not all(isinstance(joint, str) for joint in joints):
         raise UserError(f"{path}: category {category.get('name')!r}: field keypoints: expected a list of joint names")
+    # Joints go by name everywhere: of two that are alike one would stand for the other.
+    for index, found in enumerate(match_joints(joints, joints)):
+        if found != index:
+            raise UserError(
+                f"{path}: category {category.get('name')!r}: field keypoints: {joints[index]!r} and "
+                f"{joints[found or 0]!r} are one name (case, spaces, hyphens and underscores do not count); rename one"
+            )
     return category
 
 
@@ -287,10 +305,13 @@ def _head_sizes(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
     return sizes
 
 
-def _check_boxes(path: Path, records: Sequence[dict[str, Any]], boxes: np.ndarray, used: ArrayLike) -> None:
-    _check(path, records, ~np.isfinite(boxes).all(axis=1), "bbox", "holds NaN or infinity")
+def _check_boxes(
+    path: Path, records: Sequence[dict[str, Any]], boxes: np.ndarray, used: ArrayLike, kind: str = "annotation"
+) -> None:
+    wrong = ~np.isfinite(boxes).all(axis=1)
+    _check(path, records, wrong, "bbox", "holds NaN or infinity; mend it or remove the record", kind)
     empty = np.asarray(used) & (boxes[:, 2:] <= 0).any(axis=1)
-    _check(path, records, empty, "bbox", "(x, y, width, height) has no area; mend it or remove the record")
+    _check(path, records, empty, "bbox", "(x, y, width, height) has no area; mend it or remove the record", kind)
 
 
 def _numbers(
