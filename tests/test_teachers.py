@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,31 @@ def test_labels_alone_are_fine_tunings_loss() -> None:
     predicted = model(model.preprocess(labelled.images))
     wanted = joints_mse(predicted, *truth(labelled)).item()
     assert values["loss"] == values["supervised"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ccms_auxiliary_decoder_learns_from_labelled_crops_alone() -> None:
+    torch.manual_seed(0)
+    model = build_model(replace(CONFIG, head=Named("ccm", {"channels": [8, 8]})), COCO)
+    head: Any = model.head
+    nn.init.normal_(head.auxiliary.final_layer.weight, std=0.1)
+    labelled, unlabelled = crops(4, 1), crops(4, 2)
+    values = named(step := step_of([model], [], auxiliary_weight=0.3), step(labelled, None, torch.Generator()))
+    whole, auxiliary = model.supervised(model.preprocess(labelled.images))
+    assert auxiliary.shape[-1] == 2 * whole.shape[-1]
+    place = input_to_heatmap(labelled.keypoints, SIZE, (16, 16))
+    targets, weight = (
+        encode(place, labelled.visibility, (16, 16), 4.0),
+        target_weight(place, labelled.visibility, (16, 16), 4.0),
+    )
+    extra = joints_mse(auxiliary, targets, weight).item()
+    assert extra > 0.001
+    wanted = joints_mse(whole, *truth(labelled)).item() + 0.3 * extra
+    assert values["supervised"] == pytest.approx(wanted, rel=1e-6)
+    taught = named(
+        step := step_of([model], [Perfect()], auxiliary_weight=0.3), step(labelled, unlabelled, torch.Generator())
+    )
+    answered = model.supervised(model.preprocess(unlabelled.images))[0]
+    assert taught["unlabelled"] == pytest.approx(joints_mse(answered, *truth(unlabelled)).item(), rel=1e-6)
 
 
 class Perfect:
