@@ -1,10 +1,11 @@
-"""Object keypoint similarity, and what is done with poses that overlap by it. Batched torch, any device.
+"""Object keypoint similarity, and what is done with poses that overlap by it. Batched; tensors of any device.
 
 Keypoints and areas are in one frame (image pixels in evaluation); k = 2 sigma and s^2 = area, as pycocotools has it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -52,13 +53,15 @@ def nms(
 
     keypoints `[N, K, 2]`, scores `[N]`, areas `[N]` (a pair's area is their mean), sigmas `[K]`; N may be 0.
     image_index `[N]`, integers in any order, tells which image a pose is of; None: all of one. Returns the indices of
-    the kept poses, images in rising order and in each the best score first (the earlier of equals).
+    the kept poses, images in rising order and in each the best score first (the earlier of equals), on the device of
+    the scores.
 
-    Like its siblings below it computes in float64 on the device of the poses, all images at once. A pose with a joint
-    or an area of NaN overlaps no other; a score of NaN is the lowest.
+    Like its siblings below it computes in float64 on the CPU, where poses are small work for which a GPU's launches
+    cost more than they save, all images at once. A pose with a joint or an area of NaN overlaps no other; a score of
+    NaN is the lowest.
     """
     order, filtered_by, _ = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
-    return order[_kept(filtered_by)]
+    return torch.from_numpy(order[_kept(filtered_by)]).to(scores.device)
 
 
 def fuse_poses(
@@ -77,11 +80,12 @@ def fuse_poses(
     """
     order, filtered_by, weights = _filtered_by(keypoints, scores, areas, sigmas, threshold, image_index)
     kept = _kept(filtered_by)
-    target, weight = filtered_by[~kept], weights[~kept, None, None]
-    totals, norms = keypoints.detach()[order].double(), torch.ones_like(weights)[:, None, None]
-    totals.index_add_(0, target, weight * totals[~kept])
-    norms.index_add_(0, target, weight)
-    return (totals[kept] / norms[kept]).to(keypoints.dtype), order[kept]
+    gone = np.flatnonzero(~kept)
+    totals, norms = _on_cpu(keypoints)[order], np.ones(len(order))
+    np.add.at(totals, filtered_by[gone], weights[gone, None, None] * totals[gone])
+    np.add.at(norms, filtered_by[gone], weights[gone])
+    fused = torch.from_numpy(totals[kept] / norms[kept, None, None]).to(keypoints)
+    return fused, torch.from_numpy(order[kept]).to(scores.device)
 
 
 def soft_nms(
@@ -99,25 +103,26 @@ def soft_nms(
     Arguments as in `nms`. Returns the indices of the best `max_poses` of each image, images in rising order and in each
     the poses as they were taken, and their decayed scores (HRNet keeps only the order).
     """
-    order, image = _by_image(torch.arange(len(scores), device=scores.device), image_index)
-    taken, decayed = torch.full_like(order, -1), torch.empty_like(order, dtype=torch.float64)
-    for positions in _batches(image):
+    order, image = _by_image(np.arange(len(scores)), image_index)
+    places, areas_, numbers = _on_cpu(keypoints), _on_cpu(areas), _numbers(scores)
+    taken, decayed = np.full(len(order), -1), np.empty(len(order))
+    for positions in _batches(len(order), image):
         rows = order[positions]
-        overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
         # Never 0, which would make NaN of the -inf of those taken.
-        decay = overlaps.square_().div_(-max(threshold, np.spacing(1.0))).clamp_(min=-700).exp_()
-        remaining = _numbers(scores[rows])
+        exponent = np.square(_overlaps(places[rows], areas_[rows], sigmas)) / -max(threshold, np.spacing(1.0))
+        decay = np.exp(np.maximum(exponent, -700))
+        remaining, images = numbers[rows], np.arange(len(rows))
         for place in positions[:, :max_poses].T:
-            best = remaining.argmax(1, keepdim=True)  # the earlier of equals
-            taken[place], decayed[place] = rows.gather(1, best)[:, 0], remaining.gather(1, best)[:, 0]
-            remaining *= decay.gather(1, best[..., None].expand(-1, 1, rows.shape[1]))[:, 0]
-            remaining.scatter_(1, best, -math.inf)
+            best = remaining.argmax(1)  # the earlier of equals
+            taken[place], decayed[place] = rows[images, best], remaining[images, best]
+            remaining *= decay[images, best]
+            remaining[images, best] = -np.inf
     chosen = taken >= 0
-    return taken[chosen], decayed[chosen].to(scores.dtype)
+    return torch.from_numpy(taken[chosen]).to(scores.device), torch.from_numpy(decayed[chosen]).to(scores)
 
 
-_AT_ONCE = 2**14
-"""Pairs of poses treated at once: bounds the memory, and on a CPU keeps the work in its caches."""
+_AT_ONCE = 2**12
+"""Pairs of poses treated at once: bounds the memory, and keeps the work in the CPU's caches."""
 
 
 def _filtered_by(
@@ -127,74 +132,98 @@ def _filtered_by(
     sigmas: Tensor | Sequence[float],
     threshold: float,
     image_index: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of the poses by image and then best first `[N]`; the position there of the kept pose that filters each,
     its own if it is kept `[N]`; and the OKS of the two `[N]`.
     """
-    order, image = _by_image(_numbers(scores).argsort(descending=True, stable=True), image_index)
-    filtered_by, weights = torch.empty_like(order), torch.empty_like(order, dtype=torch.float64)
-    for positions in _batches(image):
+    order, image = _by_image(np.argsort(-_numbers(scores), kind="stable"), image_index)
+    places, areas_ = _on_cpu(keypoints), _on_cpu(areas)
+    filtered_by, weights = np.arange(len(order)), np.ones(len(order))
+    for positions in _batches(len(order), image):
         rows = order[positions]
-        overlaps = _overlaps(keypoints[rows], areas[rows], sigmas)
-        near = (overlaps > threshold).tril(-1)  # [B, n, n]: of a pose with each better one
-        kept = torch.ones_like(rows, dtype=torch.bool)
+        overlaps = _overlaps(places[rows], areas_[rows], sigmas)
+        near = (overlaps > threshold) & _better(rows.shape[1])  # [B, n, n]: of a pose with each better one
+        if not near.any():
+            continue
+        kept = np.ones(rows.shape, dtype=bool)
         # A pose's fate hangs on better ones alone: after r rounds the best r are settled, and mostly all after a few.
-        while not torch.equal(kept, settled := ~(near & kept[:, None]).any(-1)):
+        while (kept != (settled := ~np.logical_or.reduce(near & kept[:, None], axis=-1))).any():
             kept = settled
-        best = (near & kept[:, None]).to(torch.uint8).argmax(-1)
-        best = torch.where(kept, torch.arange(rows.shape[1], device=rows.device), best)
-        filtered_by[positions] = positions.gather(1, best)
-        weights[positions] = overlaps.gather(2, best[..., None])[..., 0]
+        images, gone = np.nonzero(~kept)
+        best = (near & kept[:, None])[images, gone].argmax(-1)
+        filtered_by[positions[images, gone]] = positions[images, best]
+        weights[positions[images, gone]] = overlaps[images, gone, best]
     return order, filtered_by, weights
 
 
-def _kept(filtered_by: Tensor) -> Tensor:
+def _kept(filtered_by: np.ndarray) -> np.ndarray:
     """Which poses `[N]` no other filters, by the positions of `_filtered_by`."""
-    return filtered_by == torch.arange(len(filtered_by), device=filtered_by.device)
+    return filtered_by == np.arange(len(filtered_by))
 
 
-def _numbers(scores: Tensor) -> Tensor:
+def _on_cpu(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().numpy()
+
+
+def _numbers(scores: Tensor) -> np.ndarray:
     """In float64, NaN as the lowest: sort and argmax take it for the highest."""
-    return scores.detach().double().nan_to_num(nan=torch.finfo(torch.float64).min)
+    values = _on_cpu(scores)
+    return np.where(np.isnan(values), np.finfo(np.float64).min, values)
 
 
-def _by_image(order: Tensor, image_index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The indices sorted by image, in each image as before, and the images of these poses."""
+def _by_image(order: np.ndarray, image_index: Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The indices sorted by image, in each image as before, and the images of these poses; None: all of one."""
     if image_index is None:
-        return order, torch.zeros_like(order)
-    image, by_image = image_index[order].sort(stable=True)
-    return order[by_image], image
+        return order, None
+    image = image_index.cpu().numpy()[order]
+    by_image = image.argsort(kind="stable")
+    return order[by_image], image[by_image]
 
 
-def _batches(image: Tensor) -> Iterator[Tensor]:
-    """Positions `[B, n]` of the poses of B images with n poses each, of poses sorted by image."""
-    counts = torch.unique_consecutive(image, return_counts=True)[1]
-    starts = counts.cumsum(0) - counts
-    for count in counts.unique().tolist():
-        positions = starts[counts == count, None] + torch.arange(count, device=image.device)
-        yield from positions.split(max(1, _AT_ONCE // count**2))
+def _batches(poses: int, image: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Positions `[B, n]` of the poses of B images with n poses each, of N poses sorted by their images `[N]`."""
+    if image is None:
+        yield np.arange(poses)[None]
+        return
+    starts = np.flatnonzero(np.diff(image, prepend=image[:1] - 1))
+    counts = np.diff(starts, append=poses)
+    for count in np.unique(counts).tolist():
+        positions = starts[counts == count, None] + np.arange(count)
+        images = max(1, _AT_ONCE // count**2)
+        yield from (positions[first : first + images] for first in range(0, len(positions), images))
 
 
-def _overlaps(keypoints: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float]) -> Tensor:
+@functools.lru_cache(maxsize=128)
+def _better(count: int) -> np.ndarray:
+    """`[n, n]` bool: below the diagonal. Remembered: making it is a tenth of an image's NMS."""
+    return np.tri(count, k=-1, dtype=bool)
+
+
+_pairs = functools.lru_cache(maxsize=128)(np.triu_indices)
+
+
+def _overlaps(keypoints: np.ndarray, areas: np.ndarray, sigmas: Tensor | Sequence[float]) -> np.ndarray:
     """`oks` `[B, n, n]` of the poses `[B, n, K, 2]` of each image with each other, every pair computed once; 0 for NaN.
 
     1 on the diagonal, also of a pose of NaN.
     """
     images, count, joints = keypoints.shape[:3]
-    scale = math.sqrt(8) * torch.as_tensor(sigmas, dtype=torch.float64).to(keypoints.device)  # sqrt(2) k
-    x, y = (keypoints.detach().double().permute(3, 0, 1, 2) / scale).contiguous()
-    half = areas.detach().double() / -2
-    overlaps = torch.zeros((images, count**2), dtype=torch.float64, device=keypoints.device)
+    scaled = keypoints.swapaxes(2, 3) / (math.sqrt(8) * np.asarray(sigmas, dtype=np.float64))  # sqrt(2) k; [B, n, 2, K]
+    half = areas / -2 - np.spacing(1.0) / 2
+    overlaps = np.zeros((images, count * count))
     overlaps[:, :: count + 1] = 1
-    pairs = torch.triu_indices(count, count, 1, device=keypoints.device)
-    for first, second in pairs.split(max(1, _AT_ONCE // images), 1):
-        dx = x.index_select(1, first).sub_(x.index_select(1, second))
-        dy = y.index_select(1, first).sub_(y.index_select(1, second))
-        area = half.index_select(1, first) + half.index_select(1, second) - np.spacing(1.0)
-        exponent = dx.square_().addcmul_(dy, dy).div_(area[..., None])
+    first, second = _pairs(count, 1)
+    step = max(1, _AT_ONCE // images)
+    for begin in range(0, len(first), step):
+        one, other = first[begin : begin + step], second[begin : begin + step]
+        apart = scaled.take(one, 1) - scaled.take(other, 1)  # [B, pairs, 2, K]
+        apart *= apart
+        exponent = apart[:, :, 0] + apart[:, :, 1]
+        exponent /= (half.take(one, 1) + half.take(other, 1))[..., None]
         # Not below -700: there exp's results are denormal, which costs ten times all the rest.
-        similarity = exponent.clamp_(min=-700).exp_().sum(-1) / joints
-        similarity = torch.where(similarity > 1e-280, similarity, 0)  # NaN to 0 as well
-        overlaps.index_copy_(1, first * count + second, similarity)
-        overlaps.index_copy_(1, second * count + first, similarity)
-    return overlaps.view(images, count, count)
+        np.exp(np.maximum(exponent, -700, out=exponent), out=exponent)
+        similarity = exponent.sum(-1)
+        similarity /= joints
+        similarity[~(similarity > 1e-280)] = 0  # NaN too
+        overlaps[:, one * count + other] = overlaps[:, other * count + one] = similarity
+    return overlaps.reshape(images, count, count)
