@@ -131,7 +131,7 @@ def test_hard_negatives_lower_the_scores_of_false_detections_and_leave_recall(tm
             "annotations": str(tmp_path / "train/annotations.json"),
             "images": str(tmp_path / "train/images"),
         },
-        "optim": {"batch_size": 16, "lr_batch": 16, "lr": 3e-3, "steps": 300, "drops": [220]},
+        "optim": {"batch_size": 16, "lr_batch": 16, "lr": 3e-3, "steps": 220, "drops": [160]},
         "augmentation": {"rotation": 0, "scale": 0},
         "sigma": 1.5,
         "threads": 1,
