@@ -105,7 +105,8 @@ def main() -> None:
     scores, areas = rng.random((args.images, args.poses)), np.full((args.images, args.poses), 160.0**2)
     images = list(zip(keypoints, scores, areas, strict=True))
     poses, pose_scores, pose_areas = (torch.from_numpy(array).flatten(0, 1) for array in (keypoints, scores, areas))
-    image_index = torch.arange(args.images).repeat_interleave(args.poses)
+    # An image alone is a call without them.
+    image_index = torch.arange(args.images).repeat_interleave(args.poses) if args.images > 1 else None
 
     def ours_hard() -> tuple[torch.Tensor, torch.Tensor]:
         kept = nms(poses, pose_scores, pose_areas, sigmas.tolist(), THRESHOLD, image_index=image_index)
