@@ -22,15 +22,18 @@ def read_hard_negatives(
     """
     found = read_detections(path, annotations, threshold)
     near, far = found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]
-    taken = ((far > 0) & (near < annotations.image_sizes[found.image_index][:, ::-1])).all(axis=1)
+    inside = ((far > 0) & (near < annotations.image_sizes[found.image_index][:, ::-1])).all(axis=1)
+    chosen = np.ones(len(found.boxes), dtype=bool)
     if image_ids is not None:
-        taken &= np.isin(np.array(annotations.image_ids)[found.image_index], image_ids)
-    kept = taken & ~touching(found.boxes, found.image_index, annotations.boxes, annotations.image_index)
+        chosen = np.isin(np.array(annotations.image_ids)[found.image_index], image_ids)
+    clear = ~touching(found.boxes, found.image_index, annotations.boxes, annotations.image_index)
+    kept = inside & chosen & clear
     if not kept.any():
         raise UserError(
-            f"{path}: of its {len(kept)} detections scored at least {threshold}, {taken.sum()} are on pictures of the "
-            "labelled persons, and every one touches an annotated box; lower hard_negatives.score_threshold, or leave "
-            "hard_negatives out"
+            f"{path}: no hard negative among its {len(kept)} detections scored at least {threshold}: "
+            f"{(~chosen).sum()} are on pictures without labels of this run, {(chosen & ~inside).sum()} outside their "
+            f"picture, {(chosen & inside & ~clear).sum()} touch an annotated box; lower "
+            "hard_negatives.score_threshold, or leave hard_negatives out"
         )
     return Detections(
         found.image_index[kept], found.boxes[kept], found.scores[kept], found.skipped + int((~kept).sum())

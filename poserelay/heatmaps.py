@@ -79,7 +79,7 @@ def encode(
     whole sigmas: centred on int(x + 0.5) and cut to the square patch of 3 sigma.
     ValueError: sigma not positive.
     """
-    if sigma <= 0:
+    if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     height, width = size
     labelled = target_weight(keypoints, visibility, size, sigma) > 0
@@ -123,13 +123,16 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
     A vertex is kept within its window, one pixel around the middle, so always on the map; a window that is not concave
     (flat, a saddle, not finite) leaves the largest pixel, and so does a map with less than 3 pixels on a side. A map
     whose maximum is not positive gives (0, 0) and that maximum; a map that holds a NaN (or, with a blur, an infinity)
-    gives (0, 0) and the score NaN, for the caller to refuse.
-    ValueError: another refinement.
+    gives (0, 0) and the score NaN, for the caller to refuse. After a blur, pixels that were equal differ by rounding:
+    of a flat map any may be taken.
+    ValueError: another refinement, or a blur that is no number of at least 0.
     """
     if refine not in ("none", "quarter", "parabola", "paraboloid", "dark"):
         raise ValueError(f"refine {refine!r}: choose 'none', 'quarter', 'parabola', 'paraboloid' or 'dark'")
+    if not 0 <= blur < math.inf:
+        raise ValueError(f"blur must be a sigma of at least 0 heatmap pixels, got {blur}")
     heatmaps = _at_least_float32(heatmaps)
-    if blur <= 0:
+    if blur == 0:
         return _peaks(heatmaps, refine)
     rows, columns = _blur_matrices(heatmaps, blur)
     found = []

@@ -173,6 +173,8 @@ def predict_images(
     Raises ValueError for another shape or type and for a box without area, UnreadableImage and CheckFailed as
     `predict_poses`.
     """
+    if isinstance(images, str | Path):
+        raise ValueError(f"images is the one path {str(images)!r}; give a list of pictures, and boxes for each")
     if len(images) != len(boxes):
         raise ValueError(f"{len(images)} images, but boxes for {len(boxes)}; give one array [n, 4] per image")
     crops = (crop for row, image in enumerate(images) for crop in _crops(model, image, boxes[row], row))

@@ -168,7 +168,7 @@ def _on_cpu(values: Tensor) -> np.ndarray:
 def _numbers(scores: Tensor) -> np.ndarray:
     """In float64, NaN as the lowest: sort and argmax take it for the highest."""
     values = _on_cpu(scores)
-    return np.where(np.isnan(values), np.finfo(np.float64).min, values)
+    return np.where(np.isnan(values), np.finfo(np.float32).min, values)  # finite also as the float32 it may become
 
 
 def _by_image(order: np.ndarray, image_index: Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -209,7 +209,7 @@ def _overlaps(keypoints: np.ndarray, areas: np.ndarray, sigmas: Tensor | Sequenc
     """
     images, count, joints = keypoints.shape[:3]
     scaled = keypoints.swapaxes(2, 3) / (math.sqrt(8) * np.asarray(sigmas, dtype=np.float64))  # sqrt(2) k; [B, n, 2, K]
-    half = areas / -2 - np.spacing(1.0) / 2
+    half = np.maximum(areas, 0) / -2 - np.spacing(1.0) / 2
     overlaps = np.zeros((images, count * count))
     overlaps[:, :: count + 1] = 1
     first, second = _pairs(count, 1)

@@ -175,6 +175,9 @@ def test_detections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse([good | {"bbox": [1, 2, 3]}], "field bbox: has 3 numbers")
     refuse([good | {"image_id": 99}], "none of its 1 detections")
     refuse([], "an empty list")
+    path.write_text(json.dumps([good, good | {"image_id": 99, "score": 2}]))
+    with pytest.raises(UserError, match=r"none of its 1 detections .* at least 1, the best 0\.9; lower"):
+        read_detections(path, annotations, score_threshold=1)
 
 
 def test_missing_pictures_are_counted(tmp_path: Path) -> None:

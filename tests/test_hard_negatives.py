@@ -89,7 +89,9 @@ def test_sure_detections_clear_of_everybody_are_taken(tmp_path: Path) -> None:
 
 def test_files_without_a_hard_negative_are_told(tmp_path: Path) -> None:
     truth, detections = files(tmp_path, [detection(1, 6, 6, 5, 5), detection(2, 0, 0, 5, 5, score=0.2)])
-    with pytest.raises(UserError, match=r"every one touches an annotated box; lower hard_negatives\.score_threshold"):
+    with pytest.raises(
+        UserError, match=r"0 outside their picture, 1 touch an annotated box; lower hard_negatives\.score_threshold"
+    ):
         read_hard_negatives(str(detections), read_coco(truth), 0.5)
     truth, detections = files(tmp_path, [detection(9, 6, 6, 5, 5)])
     with pytest.raises(UserError, match="none of its 1 detections"):

@@ -311,3 +311,8 @@ def test_padding_matches_the_dataset() -> None:
     np.testing.assert_allclose(corner, [[32.0, 48.0]])
     results = predict_images(model, [picture((180, 240), FIRST)], [BOXES[:1]], PLAIN)
     assert results[0]["score"] > 0.8
+
+
+def test_one_path_in_place_of_a_list_is_told() -> None:
+    with pytest.raises(ValueError, match="give a list of pictures"):
+        predict_images(ColourModel(), "picture.jpg", [np.array([[0.0, 0.0, 5.0, 5.0]])])

@@ -318,3 +318,13 @@ def test_results_keep_the_callers_dtype(dtype: torch.dtype) -> None:
     assert fused.dtype == dtype
     assert kept.dtype == torch.long
     assert soft_nms(keypoints, scores, areas, SIGMAS)[1].dtype == dtype
+
+
+def test_a_negative_area_is_none_and_a_score_of_nan_stays_a_number() -> None:
+    keypoints = torch.arange(5.0)[:, None, None].expand(5, 3, 2) * 50
+    areas = torch.tensor([-1e4, 100.0, 100.0, -5.0, 100.0])
+    assert nms(keypoints, torch.rand(5), areas, [0.1] * 3).sort().values.tolist() == [0, 1, 2, 3, 4]
+    scores = torch.tensor([0.5, float("nan"), 0.2, 0.1, 0.3])
+    order, decayed = soft_nms(keypoints, scores, areas, [0.1] * 3)
+    assert order.tolist() == [0, 4, 2, 3, 1]
+    assert decayed.isfinite().all()

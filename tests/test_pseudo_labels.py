@@ -294,7 +294,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     ),
     "soft": (bool, ["--box_threshold", "0", "--decoding.nms", "soft"], "keeps every duplicate; choose hard or fuse"),
     "nothing": (bool, ["--box_threshold", "0", "--checkpoints", "[]"], "checkpoints is empty"),
-    "high": (bool, ["--box_threshold", "1"], "people.json: none of its 7 detections has category 1, an image of"),
+    "high": (
+        bool,
+        ["--box_threshold", "1"],
+        "these images is scored at least 1.0, the best 0.99",
+    ),
     "ids": (
         overwrite("people.json", [found(99, FIRST_BOX, 0.9)]),
         ["--box_threshold", "0"],

@@ -149,9 +149,15 @@ def read_detections(
     of_category = np.array([record["category_id"] == annotations.category["id"] for record in data], dtype=bool)
     kept = np.flatnonzero((image_index >= 0) & of_category & (scores >= score_threshold))
     if not len(kept):
+        belonging = (image_index >= 0) & of_category
+        if belonging.any():
+            raise UserError(
+                f"{path}: none of its {belonging.sum()} detections on these images is scored at least "
+                f"{score_threshold}, the best {scores[belonging].max():g}; lower the threshold"
+            )
         raise UserError(
-            f"{path}: none of its {len(data)} detections has category {annotations.category['id']}, an image of "
-            f"{annotations.path} and a score of at least {score_threshold}; check that the two files belong together"
+            f"{path}: none of its {len(data)} detections has category {annotations.category['id']} and an image of "
+            f"{annotations.path}; check that the two files belong together"
         )
     boxes = _numbers(path, data, [record["bbox"] for record in data], "bbox", (4,), kind)
     _check_boxes(path, data, boxes, np.isin(np.arange(len(data)), kept), kind)
