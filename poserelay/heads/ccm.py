@@ -65,23 +65,17 @@ class ContextMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map `[B, C, h, w]`."""
-        context = functional.relu(self._dilated(x)) if self.residual is None else self._dilated(x)
+        mixed = torch.cat([convolution(x) for convolution in self.dilated], 1) if len(self.dilated) else x
+        context = self.deconv_norm(self.deconv(mixed))  # Eq. 3
         if self.residual is None or self.residual_norm is None:
-            return context
+            return functional.relu(context)
         if self.se is not None:
-            context = context * self.se(x)
+            context = context * self.se(x)  # Eq. 2
         # Eq. 1 upsamples before the 1x1 convolution. The two commute, and this way round it costs a quarter.
         residual = self.residual(x)
         if self.upsample:
             residual = functional.interpolate(residual, scale_factor=2, mode="bilinear")
-        return functional.relu(context + self.residual_norm(residual))
-
-    def _dilated(self, x: Tensor) -> Tensor:
-        """Batch norm of the deconvolution (Eq. 3)."""
-        mixed = x
-        if len(self.dilated):
-            mixed = torch.cat([convolution(x) for convolution in self.dilated], 1)
-        return self.deconv_norm(self.deconv(mixed))
+        return functional.relu(context + self.residual_norm(residual))  # Eq. 4
 
 
 class CCMHead(nn.Module):
