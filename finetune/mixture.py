@@ -110,10 +110,13 @@ def plan_phases(
     """
     ratios = {
         "A": config.external.ratio,
-        "C": None,
         "H": config.hard_negatives.ratio,
         "U": config.pseudo_labelled.ratio,
     }
+    asked = dict(sources)
+    for letter, ratio in ratios.items():
+        if letter in asked and ratio is not None:
+            asked[letter] = max(1, round(ratio * labelled))
     first, then = config.optim, config.then
     wanted = [(config.train_on, first.epochs, first.steps, first.lr, first.drops)]
     if config.has_second_phase:
@@ -121,14 +124,7 @@ def plan_phases(
     phases: list[Phase] = []
     for train_on, epochs, steps, lr, lr_drops in wanted:
         letters = config.sources_of(train_on)
-        drawn = tuple(
-            0
-            if letter not in letters
-            else size
-            if (ratio := ratios[letter]) is None
-            else max(1, round(ratio * labelled))
-            for letter, size in sources.items()
-        )
+        drawn = tuple(count if letter in letters else 0 for letter, count in asked.items())
         per_epoch = steps_per_epoch(sum(drawn), global_batch)
         before = phases[-1] if phases else None
         phases.append(
