@@ -139,15 +139,14 @@ class FinetuneConfig:
         check_loop_fields(self)
 
     def _check_sources(self) -> None:
-        given = {"A": self.external.annotations, "C": True, "U": self.pseudo_labelled.annotations}
-        given["H"] = self.hard_negatives.detections
+        given = self._given()
         phases = {"train_on": self.train_on, "then.train_on": self.then.train_on}
         for name, letters in phases.items():
             for letter in letters or ():
                 if letter not in SOURCES:
                     known = ", ".join(f"{known} ({source})" for known, source in SOURCES.items())
                     raise ValueError(f"{name} is {letters!r}, expected letters of {known}")
-                if not given[letter]:
+                if letter not in given:
                     part = "detections" if letter == "H" else "annotations"
                     raise ValueError(f"{name} is {letters!r}, but {SOURCES[letter]}.{part} is null; give the file")
             if letters is not None and (not letters or len(set(letters)) < len(letters)):
@@ -180,6 +179,15 @@ class FinetuneConfig:
 
     def sources_of(self, letters: str | None) -> str:
         """The letters that a phase trains on, in the order of SOURCES: those named, or all that are given."""
-        given = {"A": self.external.annotations, "C": True, "U": self.pseudo_labelled.annotations}
-        given["H"] = self.hard_negatives.detections
-        return "".join(letter for letter in SOURCES if (given[letter] if letters is None else letter in letters))
+        wanted = self._given() if letters is None else letters
+        return "".join(letter for letter in SOURCES if letter in wanted)
+
+    def _given(self) -> set[str]:
+        """The letters of the sources that have a file."""
+        files = {
+            "A": self.external.annotations,
+            "C": self.data.annotations,
+            "H": self.hard_negatives.detections,
+            "U": self.pseudo_labelled.annotations,
+        }
+        return {letter for letter, file in files.items() if file}
