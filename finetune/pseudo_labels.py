@@ -70,9 +70,8 @@ def main(config: PseudoLabelsConfig) -> dict[str, Any]:
     device = start(config.device, "fp32", config.threads).device
     dataset, unreadable = readable_persons(config, images, detections, models)
     poses = predict_poses(models.to(device), dataset, config.decoding, config.batch_size, config.workers, progress=True)
-    confident = keep_confident(
-        replace(poses, boxes=dataset.boxes), config.joint_threshold
-    )  # in float64, as in the file
+    # The boxes as the file has them: a batch's are float32.
+    confident = keep_confident(replace(poses, boxes=dataset.boxes), config.joint_threshold)
     distinct = suppress(confident, models.skeleton.sigmas, config.decoding)
     labels = coco_file(images, distinct, models.skeleton, config.joint_threshold)
     counts = {
