@@ -68,7 +68,9 @@ def test_killed_while_a_file_is_replaced(people: Path, tmp_path: Path, stage: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "workers"), [*itertools.product(LOOPS, ["0", "2"]), ("ccm", "2")])
+@pytest.mark.parametrize(
+    ("stage", "workers"), [*itertools.product(("finetune", "pretrain", "semi"), "02"), ("contrast", "2"), ("ccm", "2")]
+)
 def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, workers: str) -> None:
     main, arguments = STAGES[stage]
     epochs = ("--optim.epochs", "8", "--workers", workers)
@@ -77,7 +79,7 @@ def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, work
     seconds = time.monotonic() - began
     chance = random.Random(7)
     cut = arguments(people, tmp_path / "cut", *epochs)
-    for _ in range(12):
+    for _ in range(10):
         process = start(main, cut, tmp_path / "log")
         time.sleep(chance.uniform(0.02, 0.8 * seconds))
         kill(process)
