@@ -21,10 +21,19 @@ from poserelay.checkpoint import verify_handoff
 from poserelay.command import to_plain
 from poserelay.config import Decoding
 from poserelay.datasets.coco import CocoAnnotations, Detections, read_coco, read_detections
-from poserelay.datasets.topdown import TopDownDataset, collate
+from poserelay.datasets.topdown import TopDownDataset
 from poserelay.distributed import start
 from poserelay.ensemble import Ensemble, load_models
-from poserelay.inference import Poses, decode_crops, forward_crops, predict_poses, rescore, suppress, to_results
+from poserelay.inference import (
+    Poses,
+    crop_batches,
+    decode_crops,
+    forward_crops,
+    predict_batches,
+    rescore,
+    suppress,
+    to_results,
+)
 from poserelay.model import PoseModel
 from poserelay.run import write_json
 from poserelay.scoring import oks_metrics, order_of_file, parsed_truth, scored_truth, sigma_source
@@ -52,7 +61,7 @@ class Persons:
 
     batches: list[CropBatch]
     blank: Poses
-    """`predict_poses` of the crops: their boxes, areas and ids stay, the rest is replaced in every pass."""
+    """`predict_batches` of the crops: their boxes, areas and ids stay, the rest is replaced in every pass."""
     box_scores: np.ndarray
     """`[N]`."""
     truth: dict[str, Any]
@@ -141,15 +150,13 @@ def first_persons(
 def read_persons(dataset: TopDownDataset, model: PoseModel | Ensemble, config: TimingConfig) -> Persons:
     """The crops on the model's device, with what their poses are scored by.
 
-    Raises UserError where the file has none of the model's joints, UnreadableImage and CheckFailed as `predict_poses`.
+    Raises UserError where the file has none of the model's joints, UnreadableImage and CheckFailed as `predict_batches`.
     """
     truth = scored_truth(dataset.annotations, model.skeleton)
-    blank = predict_poses(model, dataset, config.decodings[0], config.batch_size, config.workers)
     device = next(model.parameters()).device
-    batches = []
-    for first in range(0, len(dataset), config.batch_size):
-        rows = range(first, min(first + config.batch_size, len(dataset)))
-        batches.append(collate([dataset.evaluation_sample(row) for row in rows]).to(device))
+    read = crop_batches(dataset, config.batch_size, config.workers, device.type == "cuda")
+    batches = [batch.to(device) for batch in read]
+    blank = predict_batches(model, batches, config.decodings[0])
     data, shown = parsed_truth(truth), set(blank.image_ids)
     return Persons(
         batches=batches,

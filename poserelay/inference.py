@@ -126,16 +126,24 @@ def predict_poses(
     Leaves the model in eval mode. `progress` shows a bar on a terminal.
     Raises UnreadableImage for a picture that cannot be read, CheckFailed as `predict_crops`.
     """
+    pinned = _device(model).type == "cuda"
+    return predict_batches(model, crop_batches(dataset, batch_size, workers, pinned, progress=progress), decoding)
+
+
+def crop_batches(
+    dataset: TopDownDataset, batch_size: int, workers: int, pin_memory: bool, *, progress: bool = False
+) -> Iterator[CropBatch]:
+    """The crops of a dataset as they are, in its order. Raises UnreadableImage for a picture that cannot be read."""
     loader = DataLoader(
         _Evaluated(dataset),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_collate_or_error,
         worker_init_fn=worker_init,
-        pin_memory=_device(model).type == "cuda",
+        pin_memory=pin_memory,
     )
     bar = tqdm(loader, "evaluate", unit="batch", leave=False, disable=None if progress else True)
-    return _predict_batches(model, map(_raise_or_batch, bar), decoding)
+    return map(_raise_or_batch, bar)
 
 
 def predict_dataset(
@@ -179,7 +187,7 @@ def predict_images(
         raise ValueError(f"{len(images)} images, but boxes for {len(boxes)}; give one array [n, 4] per image")
     crops = (crop for row, image in enumerate(images) for crop in _crops(model, image, boxes[row], row))
     batches = map(collate, iter(lambda: list(islice(crops, batch_size)), []))
-    poses = _predict_batches(model, batches, decoding or Decoding())
+    poses = predict_batches(model, batches, decoding or Decoding())
     results = to_results(poses, category_id=1)
     return [{**record, "bbox": box} for record, box in zip(results, poses.boxes.tolist(), strict=True)]
 
@@ -276,7 +284,8 @@ def _raise_or_batch(item: CropBatch | UnreadableImage) -> CropBatch:
     return item
 
 
-def _predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], decoding: Decoding) -> Poses:
+def predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], decoding: Decoding) -> Poses:
+    """`predict_poses` of crops that were read before, on any device."""
     joints, device = len(model.skeleton.joints), _device(model)
     model.eval()
     keypoints, joint_scores = [np.zeros((0, joints, 2))], [np.zeros((0, joints))]
@@ -287,10 +296,10 @@ def _predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], 
         xy, scores = predict_crops(model, batch.to(device), decoding)
         keypoints.append(xy.numpy())
         joint_scores.append(scores.numpy())
-        box_scores.append(batch.scores.numpy())
-        boxes.append(batch.boxes.numpy())
+        box_scores.append(batch.scores.cpu().numpy())
+        boxes.append(batch.boxes.cpu().numpy())
         height, width = batch.images.shape[-2:]
-        areas.append(height * width / np.abs(np.linalg.det(batch.affine[..., :2].double().numpy())))
+        areas.append(height * width / np.abs(np.linalg.det(batch.affine[..., :2].cpu().double().numpy())))
         image_ids += batch.image_ids
         annotation_ids += batch.annotation_ids
     joint_score = np.concatenate(joint_scores)
