@@ -435,11 +435,13 @@ def test_picture_and_mirrored_picture_agree_at_the_exact_shift(refine: Refine, s
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from([2, 4]), st.floats(0, 1))
+@given(st.sampled_from([2, 4, 8]), st.floats(0, 1))
 def test_another_shift_moves_the_mirrored_pictures_joints_by_what_it_lacks(stride: int, shift: float) -> None:
     moved = flip_disagreement("dark", stride, shift) - torch.tensor([stride * shift - (stride - 1), 0])
-    assert moved.abs().max() < 0.1
-    # A parabola on an interpolated map is off by up to 0.14 input pixels at single joints, by less on average.
+    assert moved.abs().max() < 0.1  # at stride 8 interpolation alone takes up to 0.096
+    if stride == 8:
+        return  # there a parabola is off by 0.1 on average
+    # On an interpolated map it is off by up to 0.14 input pixels at single joints, by less on average.
     parabola = flip_disagreement("parabola", stride, shift, count=100).mean((0, 1))
     assert parabola[0].item() == pytest.approx(stride * shift - (stride - 1), abs=0.1)
 
