@@ -150,7 +150,8 @@ def first_persons(
 def read_persons(dataset: TopDownDataset, model: PoseModel | Ensemble, config: TimingConfig) -> Persons:
     """The crops on the model's device, with what their poses are scored by.
 
-    Raises UserError where the file has none of the model's joints, UnreadableImage and CheckFailed as `predict_batches`.
+    Raises UserError where the file has none of the model's joints, UnreadableImage for a picture that cannot be read,
+    CheckFailed as `predict_crops`.
     """
     truth = scored_truth(dataset.annotations, model.skeleton)
     device = next(model.parameters()).device
