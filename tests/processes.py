@@ -7,10 +7,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 Main = Callable[[list[str]], int]
 
@@ -32,6 +35,8 @@ def start(main: Main, arguments: Sequence[str], log: Path, environment: Mapping[
         os.dup2(handle, 2)
         sys.stdout = sys.stderr = open(handle, "w", buffering=1)  # noqa: SIM115 - pytest's own hold other files
         os.environ.update(environment or {})
+        # Processes share tqdm's own lock through a fork: one killed while it holds it would stop all that follow.
+        tqdm.set_lock(threading.RLock())
         code = main(list(arguments))
     except BaseException:
         traceback.print_exc()
