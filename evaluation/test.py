@@ -88,7 +88,7 @@ def main(config: TestConfig) -> dict[str, Any]:
     report = {
         "metrics": without_nan(metrics),
         "protocol": {
-            **protocol(dataset, config.decoding, config.boxes),
+            **protocol(dataset, config.decoding, config.boxes, refined=model.refiner is not None),
             "box_threshold": None if config.boxes == "gt" else config.box_threshold,
             **({"ensemble": len(paths)} if len(paths) > 1 else {}),
             **details,

@@ -183,9 +183,9 @@ def timed_pass(model: PoseModel | Ensemble, persons: Persons, decoding: Decoding
     found = []
     for batch in persons.batches:
         begun = now(device)
-        maps, mirrored = forward_crops(model, batch, decoding)
+        maps = forward_crops(model, batch, decoding)
         computed = now(device)
-        found.append(decode_crops(model, batch, maps, mirrored, decoding))
+        found.append(decode_crops(model, batch, maps, decoding)[:2])
         forward += computed - begun
         coordinates += now(device) - computed
     begun = now(device)

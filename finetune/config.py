@@ -67,8 +67,27 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class StructuralConfig:
+    """Training of SCIO's networks, where `model.refiner` is scio. They take turns: the prediction networks learn in
+    even epochs, the verification networks in odd ones, while the other side is frozen."""
+
+    freeze_base: bool = False
+    """Train them alone, on the model as it was handed over, batch norms included; false: Eq. 9 to 11 reach it too."""
+    weight: float = 1.0
+    """Of their losses beside the heatmaps' own."""
+    norm: Literal["mse", "l2"] = "mse"
+    """Of Eq. 9 to 11: the mean squared difference of two maps (halved, as for the heatmaps), or the plain L2 norm."""
+    perturb_distal: float = 0.0
+    """Reach, in heatmap pixels, of the distal joints' random displacements that the verification networks are also
+    shown, with a map of A to give back that fades with the distance; 0 is off, as in the paper."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"weight": (0, math.inf), "perturb_distal": (0, math.inf)}, "scio.")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
-    """Train a heatmap pose model on labelled persons (SimpleBaseline, HRNet, CCM)."""
+    """Train a heatmap pose model on labelled persons (SimpleBaseline, HRNet, CCM), perhaps with SCIO's networks."""
 
     model: ModelConfig
     data: DataConfig
@@ -92,6 +111,7 @@ class FinetuneConfig:
     then: PhaseConfig = field(default_factory=PhaseConfig)
     auxiliary_weight: float = 0.5
     """lambda of CCM's Eq. 9: weight of the loss of the auxiliary decoder, where the head has one."""
+    scio: StructuralConfig = field(default_factory=StructuralConfig)
     augmentation: Augmentation = field(default_factory=Augmentation)
     sigma: float = 2.0
     """Of the target Gaussians, heatmap pixels (2 at 256x192, 3 at 384x288)."""
@@ -131,12 +151,30 @@ class FinetuneConfig:
         if self.export == "best" and self.data.validation_annotations is None:
             raise ValueError("export: best needs data.validation_annotations to tell which weights are best")
         self._check_sources()
+        self._check_refiner()
         if self.auxiliary_weight < 0:
             raise ValueError(f"auxiliary_weight is {self.auxiliary_weight}, expected at least 0")
         for name in ("validate_every", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         check_loop_fields(self)
+
+    def _check_refiner(self) -> None:
+        refiner = self.model.refiner
+        if refiner is None:
+            if self.scio != StructuralConfig():
+                raise ValueError("scio has fields, but model.refiner is null; give --model.refiner '{name: scio}'")
+            return
+        if self.scio.freeze_base and self.init_from is None:
+            raise ValueError("scio.freeze_base needs init_from: the hand-off file of the model that is left as it is")
+        if self.scio.freeze_base and self.freeze_backbone:
+            raise ValueError("freeze_backbone and scio.freeze_base are both given; the second freezes the backbone too")
+        sigma = refiner.kwargs.get("sigma", 2.0)
+        if sigma != self.sigma:
+            raise ValueError(
+                f"model.refiner.kwargs.sigma is {sigma} and sigma {self.sigma}: the search renders Gaussians like "
+                "those of training; give both the same"
+            )
 
     def _check_sources(self) -> None:
         given = self._given()

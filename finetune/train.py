@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from poserelay.batch import CropBatch
 from poserelay.checkpoint import (
@@ -27,11 +27,12 @@ from poserelay.checkpoint import (
 )
 from poserelay.command import to_plain
 from poserelay.datasets.coco import CocoAnnotations, read_coco
-from poserelay.datasets.sampling import EpochBatches, PhasedBatches, training_loader
+from poserelay.datasets.sampling import EpochBatches, PhasedBatches, step_generator, training_loader
 from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.datasets.training import read_labelled, validation_persons
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import Interrupted, UserError
+from poserelay.heatmaps import input_to_heatmap
 from poserelay.inference import predict_dataset, protocol
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.losses import joints_mse
@@ -45,9 +46,7 @@ from poserelay.supervision import auxiliary_loss, gaussian_targets
 from .config import SOURCES, FinetuneConfig, SourceConfig
 from .hard_negatives import read_hard_negatives
 from .mixture import Mixture, Phase, plan_phases
-
-LOSSES = ("loss", "main_loss", "auxiliary_loss")
-"""What is logged: CCM's Eq. 9 and its two parts, where there are two."""
+from .structural import Loop, Side, Supervised, constraint_loss, displace, displaced_loss, set_side, side_of
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,6 @@ class Data:
     validation: TopDownDataset | None
     notes: list[str]
     """What of the labels is not used, for the start."""
-
-
-class Supervised(nn.Module):
-    """A pose model whose call gives every heatmap that training supervises (`PoseModel.supervised`).
-
-    Several processes wrap it as one network.
-    """
-
-    def __init__(self, model: PoseModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Turn normalised crops `[B, 3, H, W]` into maps `[B, K, h, w]`, the model's own first."""
-        return self.model.supervised(images)
 
 
 @dataclass
@@ -98,7 +82,9 @@ def main(config: FinetuneConfig) -> None:
         return
     upstream = upstream_of(config.init_from) if config.init_from else None
     data = load_data(config)
-    fabric = start(config.device, config.precision, config.threads)
+    refines = config.model.refiner is not None
+    # The side whose turn it is not has no gradients, whatever DDP was told when it was set up.
+    fabric = start(config.device, config.precision, config.threads, unused_parameters=refines)
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.skeleton)
     if config.init_from:
@@ -176,8 +162,11 @@ def train(
     sizes = {letter: len(source) for letter, source in data.sources.items()}
     phases = plan_phases(config, sizes, sizes["C"], global_batch)
     mixture, total = Mixture(list(data.sources.values()), phases), phases[-1].end
-    network = fabric.setup_module(sync_batch_norm(Supervised(model), fabric))
-    set_training(model, config)
+    if config.scio.freeze_base:
+        for part in (model.backbone, model.head):
+            part.requires_grad_(False)
+    network = fabric.setup_module(sync_batch_norm(Supervised(model, freeze_base=config.scio.freeze_base), fabric))
+    side: Side | None = None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain_optimizer = torch.optim.Adam(trained, lr=config.optim.lr)
     optimizer = fabric.setup_optimizers(plain_optimizer)
@@ -203,6 +192,7 @@ def train(
     progress = Progress(loader, state.step, total, global_batch, "finetune", fabric.is_global_zero)
     journal = Journal(run, progress, state.step, total) if run else None
     losses = LossWindow()
+    set_training(model, config, side)
     unreadable = UnreadableCount(config.max_unreadable, phases[0].per_epoch * global_batch, state.unreadable)
     with StopSignals() as signals:
         for batch in progress:
@@ -213,9 +203,13 @@ def train(
             unreadable.epoch_images = phase.per_epoch * global_batch
             for group in plain_optimizer.param_groups:
                 group["lr"] = phase.lr(state.step)
-            loss = training_step(fabric, network, model, optimizer, batch, config)
+            if model.refiner and side != side_of(epoch):
+                side = side_of(epoch)
+                set_training(model, config, side)
+            generator = step_generator(config.seed, state.step, fabric.global_rank)
+            values = training_step(fabric, network, model, optimizer, batch, config, side, generator)
             state.step += 1
-            losses.add(state.step, loss, batch.image_ids)
+            losses.add(state.step, torch.stack(list(values.values())), batch.image_ids)
             unreadable.add(batch.replaced)
 
             ends = state.step == total
@@ -224,15 +218,16 @@ def train(
             due = epoch_ends or saves or state.step % config.log_every == 0  # the same on every process
             stop = signals.agreed(fabric) if due or world == 1 else None
             if due or stop:
-                means = dict(zip(LOSSES, losses.flush(fabric), strict=False))
-                values = {**means, "unreadable": unreadable.check(fabric), **progress.rates()}
+                means = dict(zip(values, losses.flush(fabric), strict=True))  # an epoch has the same losses throughout
+                row = {**means, "unreadable": unreadable.check(fabric), **progress.rates()}
                 if journal:
-                    journal.write("train", state.step, epoch, {**values, "lr": plain_optimizer.param_groups[0]["lr"]})
+                    journal.write("train", state.step, epoch, {**row, "lr": plain_optimizer.param_groups[0]["lr"]})
             if epoch_ends:
                 unreadable.new_epoch()
             validates = ends or (epoch_ends and (epoch + 1) % config.validate_every == 0)
             if journal and data.validation and validates:
                 journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
+                set_training(model, config, side)
             if stop or saves:
                 check_weights(model, state.step, batch.image_ids)
             if run and (stop or saves):
@@ -250,22 +245,48 @@ def train(
 
 
 def training_step(
-    fabric: Fabric, network: Any, model: PoseModel, optimizer: Any, batch: CropBatch, config: FinetuneConfig
-) -> Tensor:
-    """One optimiser step on a batch; returns its LOSSES, `[1]` or with an auxiliary decoder `[3]`, on the device."""
+    fabric: Fabric,
+    network: Any,
+    model: PoseModel,
+    optimizer: Any,
+    batch: CropBatch,
+    config: FinetuneConfig,
+    side: Side | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One optimiser step on a batch; returns the loss and, where it has several, its parts by name, on the device.
+
+    side: of SCIO's networks, the one that is trained. generator: of this step and process.
+    """
     batch = batch.to(fabric.device)
-    heatmaps, *auxiliary = (maps.float() for maps in network(model.preprocess(batch.images)))  # each [B, K, h, w]
-    size = (heatmaps.shape[-2], heatmaps.shape[-1])
-    # HRNet's half of Eq. 8, which Adam does not see.
-    loss = joints_mse(heatmaps, *gaussian_targets(batch, model, size, config.sigma, quantize=config.quantize))
-    losses = [loss]
-    for maps in auxiliary:
-        extra = auxiliary_loss(maps, batch, model, config.sigma, quantize=config.quantize)
-        losses = [loss + config.auxiliary_weight * extra, loss, extra]  # Eq. 9
+    size = model.heatmap_size
+    targets, weight = gaussian_targets(batch, model, size, config.sigma, quantize=config.quantize)
+    displaced = None
+    if model.refiner and side == "verification" and config.scio.perturb_distal:
+        crop = (model.input.height, model.input.width)
+        true = input_to_heatmap(batch.keypoints, crop, size, model.input.alignment)[:, model.refiner.distal]
+        displaced = displace(true, size, config.sigma, config.scio.perturb_distal, generator)
+    found = network(model.preprocess(batch.images), side, None if displaced is None else displaced.distal)
+    main = joints_mse(found.maps.float(), targets, weight)  # HRNet's half of Eq. 8, which Adam does not see
+    weighted = [] if config.scio.freeze_base else [(1.0, "main_loss")]
+    parts = {"main_loss": main}
+    if found.auxiliary is not None and not config.scio.freeze_base:
+        maps = found.auxiliary.float()
+        parts["auxiliary_loss"] = auxiliary_loss(maps, batch, model, config.sigma, quantize=config.quantize)
+        weighted.append((config.auxiliary_weight, "auxiliary_loss"))  # CCM's Eq. 9
+    if found.loop is not None and model.refiner:
+        loop = Loop(found.loop.distal.float(), found.loop.verified.float())
+        parts[f"{side}_loss"] = constraint_loss(loop, model.refiner, targets, weight, config.scio.norm)
+        weighted.append((config.scio.weight, f"{side}_loss"))
+    if displaced is not None and model.refiner:
+        maps = found.displaced.float()
+        parts["displaced_loss"] = displaced_loss(maps, displaced.share, model.refiner, targets, weight)
+        weighted.append((config.scio.weight, "displaced_loss"))
+    loss = sum((factor * parts[name] for factor, name in weighted[1:]), start=weighted[0][0] * parts[weighted[0][1]])
     optimizer.zero_grad()
-    fabric.backward(losses[0])
+    fabric.backward(loss)
     optimizer.step()
-    return torch.stack(losses)
+    return {"loss": loss.detach(), **({name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {})}
 
 
 def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State, folder: Path) -> dict[str, float]:
@@ -276,15 +297,18 @@ def validate(model: PoseModel, data: Data, config: FinetuneConfig, state: State,
     if config.export == "best" and state.validation["AP"] > state.best.get("AP", -1.0):
         state.best = {**state.validation, "step": state.step}
         save_best(folder, model.state_dict())
-    set_training(model, config)
     return state.validation
 
 
-def set_training(model: PoseModel, config: FinetuneConfig) -> None:
-    """Training mode; a frozen backbone's batch norms keep their statistics."""
+def set_training(model: PoseModel, config: FinetuneConfig, side: Side | None) -> None:
+    """Training mode, of SCIO's networks for `side` alone; the batch norms of what is frozen keep their statistics."""
     model.train()
-    if config.freeze_backbone:
+    if config.freeze_backbone or config.scio.freeze_base:
         model.backbone.eval()
+    if config.scio.freeze_base:
+        model.head.eval()
+    if model.refiner and side:
+        set_side(model.refiner, side)
 
 
 def export(
@@ -294,7 +318,9 @@ def export(
     weights = load_best(run.path / "resume") if config.export == "best" else model.state_dict()
     metrics: dict[str, Any] = dict(state.best if config.export == "best" else state.validation)
     if metrics and data.validation:
-        made = protocol(data.validation, config.decoding, config.data.validation_boxes)
+        made = protocol(
+            data.validation, config.decoding, config.data.validation_boxes, refined=model.refiner is not None
+        )
         metrics["protocol"] = {**made, "export": config.export}
     plain = to_plain(config)
     # No path in a hand-off file.

@@ -197,20 +197,24 @@ class InitReport:
     """Joints whose rows of the head's last layer are not in the file and start from the initialisation."""
     auxiliary_initialised: bool = False
     """Whether the auxiliary decoder, which the file lacks, starts from the initialisation."""
+    refiner_initialised: bool = False
+    """Whether SCIO's networks, which the file lacks or has for other groups, start from the initialisation."""
 
     @property
     def news(self) -> list[str]:
         """What starts from the initialisation, in words."""
         joints = ["joints " + ", ".join(self.joints_initialised)] if self.joints_initialised else []
-        return joints + ["the auxiliary decoder"] * self.auxiliary_initialised
+        refiner = ["the networks of model.refiner"] * self.refiner_initialised
+        return joints + ["the auxiliary decoder"] * self.auxiliary_initialised + refiner
 
 
 def init_from(model: nn.Module, path: str | Path) -> InitReport:
-    """Start a pose model (`.backbone`, `.head`, `.skeleton`, `.config`) from an earlier stage's hand-off file.
+    """Start a pose model (`.backbone`, `.head`, `.refiner`, `.skeleton`, `.config`) from an earlier stage's file.
 
     A backbone hand-off loads exactly its backbone. A pose model's also loads the head; where the skeletons differ, the
     rows of `head.final_layer` are copied by joint name. CCM's auxiliary decoder, which only training has, may be in one
-    of the two alone: it is left, or starts from the initialisation. Any other missing or unexpected key is a UserError.
+    of the two alone: it is left, or starts from the initialisation. So are SCIO's networks, which also start anew where
+    the skeletons' groups differ. Any other missing or unexpected key is a UserError.
     """
     state, described = read_export(path)
     backbone: Any = model.backbone
@@ -222,11 +226,11 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
         raise UserError(f"{path}: holds a {found} backbone, the config names {config.backbone.name}; use the same one")
     parts = {
         part: {n.removeprefix(f"{part}."): v for n, v in state.items() if n.startswith(f"{part}.")}
-        for part in ("backbone", "head")
+        for part in ("backbone", "head", "refiner")
     }
-    strays = [name for name in state if not name.startswith(("backbone.", "head."))]
+    strays = [name for name in state if not name.startswith(("backbone.", "head.", "refiner."))]
     if strays:
-        raise UserError(f"{path}: unexpected {strays[0]}; a hand-off holds backbone.* and head.* only")
+        raise UserError(f"{path}: unexpected {strays[0]}; a hand-off holds backbone.*, head.* and refiner.* only")
     for name in ("color", "mean", "std"):
         found, wanted = described["input"][name], getattr(config.input, name)
         if list(found) != list(wanted):
@@ -247,16 +251,22 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
     trained, wanted = (any(name.startswith(AUXILIARY) for name in names) for names in (given, own_head))
     if trained and not wanted:
         given = {name: value for name, value in given.items() if not name.startswith(AUXILIARY)}
-    copied, missing = rows_by_joint(given, own_head, Skeleton.from_dict(described["skeleton"]), skeleton)
+    source = Skeleton.from_dict(described["skeleton"])
+    copied, missing = rows_by_joint(given, own_head, source, skeleton)
     if wanted and not trained:
         copied |= {name: value for name, value in own_head.items() if name.startswith(AUXILIARY)}
     load_exactly(backbone, kept, path)
     load_exactly(head, copied, path)
+    refiner: Any = model.refiner
+    same_groups = bool(parts["refiner"]) and source.groups == skeleton.groups
+    if refiner is not None and same_groups:
+        load_exactly(refiner, parts["refiner"], path)
     return InitReport(
         described["stage"],
         head_copied=True,
         joints_initialised=missing,
         auxiliary_initialised=wanted and not trained,
+        refiner_initialised=refiner is not None and not same_groups,
     )
 
 

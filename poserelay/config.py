@@ -74,9 +74,39 @@ class ModelConfig:
     backbone: Named
     head: Named | None = None
     refiner: Named | None = None
+    """Networks on top of the head: {name: scio} predicts and verifies distal joints; null: none."""
     skeleton: SkeletonFile = "auto"
     """Packaged name, path of a YAML file, or auto: derived from the annotation file's categories."""
     input: InputConfig = field(default_factory=InputConfig)
+
+
+@dataclass(frozen=True)
+class DistalJoints:
+    """What a model with SCIO's networks does about its distal joints; other models have no use for it."""
+
+    output: Literal["base", "learning", "optimisation"] = "optimisation"
+    """base: the head's own joints; learning: those of the prediction networks in their place (SCIO Eq. 3, its SCL);
+    optimisation: the local search from there on (Eq. 12, its SCO)."""
+    steps: int = 50
+    """Of the search."""
+    step: float = 1.5
+    """Length of a step, in pixels of `unit`."""
+    unit: Literal["input", "heatmap"] = "input"
+    """Whose pixels `step` is in."""
+    radius: float = 6.0
+    """delta of Eq. 12: how far a joint may go from where the search starts, heatmap pixels."""
+    below: float | None = None
+    """Only distal joints whose peak in the head's heatmap is lower than this are replaced; null: all."""
+    proximal_threshold: float = 0.2
+    """Distal joints of a group with a proximal joint whose peak is lower than this are left as the head found them."""
+    confidence: Literal["heatmap", "verification"] = "heatmap"
+    """Score of a replaced joint: the peak of its heatmap, or that times its verification score."""
+
+    def __post_init__(self) -> None:
+        ranges = {"steps": (1, 10_000), "radius": (0, math.inf), "proximal_threshold": (-math.inf, math.inf)}
+        check_ranges(self, ranges, "decoding.scio.")
+        if not 0 < self.step < math.inf:
+            raise ValueError(f"decoding.scio.step is {self.step}, expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,7 @@ class Decoding:
     by the OKS-weighted mean of both (CCM Eq. 23, its "Soft-NMS"); soft drops none and decays scores (HRNet, mmpose)."""
     nms_threshold: float = 0.9
     """hard, fuse: OKS above which the lower-scored pose is dropped; soft: scores fall by exp(-OKS^2 / this)."""
+    scio: DistalJoints = field(default_factory=DistalJoints)
 
     def __post_init__(self) -> None:
         check_ranges(self, {"blur": (0, 100), "rescore_threshold": (0, math.inf), "nms_threshold": (0, 1)}, "decoding.")

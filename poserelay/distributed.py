@@ -36,10 +36,13 @@ LOST_PEER = re.compile(
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) -> Fabric:
+def start(
+    device: Literal["auto", "cpu", "cuda"], precision: str, threads: int, *, unused_parameters: bool = False
+) -> Fabric:
     """Fabric for this process: alone, or one of WORLD_SIZE that the launcher started (design, Processes).
 
-    `threads` is torch's number of CPU threads, 0 for its own choice. Raises UserError when a GPU is needed and missing,
+    `threads` is torch's number of CPU threads, 0 for its own choice. `unused_parameters`: some may have no gradient in
+    a step, which several processes must look for. Raises UserError when a GPU is needed and missing,
     and when the other processes have not come within 120 s.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -70,7 +73,9 @@ def start(device: Literal["auto", "cpu", "cuda"], precision: str, threads: int) 
             num_nodes=world // local_world,
             # DDP otherwise orders its sums anew after a start's first step, and from three processes on a resumed run
             # would differ in the last bits from one that was never interrupted; on GPUs speed comes before that.
-            strategy=DDPStrategy(process_group_backend="nccl" if cuda else "gloo", find_unused_parameters=not cuda),
+            strategy=DDPStrategy(
+                process_group_backend="nccl" if cuda else "gloo", find_unused_parameters=unused_parameters or not cuda
+            ),
             precision=PRECISIONS[precision],
             plugins=[TorchElasticEnvironment()],
         )

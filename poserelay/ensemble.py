@@ -35,6 +35,8 @@ class Ensemble(nn.Module):
         models = list(members.values())
         self.members = nn.ModuleList(models)
         self.skeleton = models[0].skeleton
+        self.refiner = None
+        """An ensemble predicts what its members' heads say: SCIO's networks belong to the features of one model."""
         self.input = models[0].input
         self.stride = min(model.stride for model in models)
         """Input pixels per heatmap pixel."""

@@ -98,6 +98,21 @@ def encode(
     return profile(height, centre[..., 1])[..., :, None] * profile(width, centre[..., 0])[..., None, :]
 
 
+def render(xy: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Gaussians of peak 1 over the whole map, `[..., height, width]`, for points `[..., 2]` in heatmap pixels.
+
+    As `encode` draws them, but wherever the point lies, and in float64 where `xy` is. size (height, width), sigma in
+    heatmap pixels.
+    """
+    x, y = _at_least_float32(xy).unbind(-1)
+
+    def profile(length: int, position: Tensor) -> Tensor:
+        distance = torch.arange(length, device=position.device) - position[..., None]
+        return torch.exp(-distance.square() / (2 * sigma**2))
+
+    return profile(size[0], y)[..., :, None] * profile(size[1], x)[..., None, :]
+
+
 def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tuple[Tensor, Tensor]:
     """The peak of each map: xy `[B, K, 2]` in heatmap pixels and its value, the score `[B, K]`.
 

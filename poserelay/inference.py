@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from . import heatmaps, oks
 from .batch import CropBatch
-from .config import Decoding
+from .config import Decoding, DistalJoints
 from .datasets.sampling import read_image, worker_init
 from .datasets.topdown import CropRecord, TopDownDataset, collate, warp
 from .errors import CheckFailed, UnreadableImage
 from .geometry import apply_affine, box_to_affine, invert_affine
+from .heads import SCIO
+from .local_search import SelfConstraint, search_distal
 from .scoring import order_of_file, sigma_source
 
 if TYPE_CHECKING:
@@ -45,10 +47,14 @@ class Poses:
     image_ids: list[int]
     annotation_ids: list[int | None]
     """None for detections."""
+    verification: np.ndarray | None = None
+    """`[N, K]`, SCIO's scores in 0..1 of the distal joints that it replaced, else NaN; None where it did nothing."""
 
     def joints(self, order: Sequence[int]) -> Poses:
         """The poses with their joints in another order."""
-        return replace(self, keypoints=self.keypoints[:, order], joint_scores=self.joint_scores[:, order])
+        verification = None if self.verification is None else self.verification[:, order]
+        keypoints, scores = self.keypoints[:, order], self.joint_scores[:, order]
+        return replace(self, keypoints=keypoints, joint_scores=scores, verification=verification)
 
     def take(self, rows: np.ndarray) -> Poses:
         """The poses at the indices `rows`."""
@@ -60,7 +66,33 @@ class Poses:
             self.areas[rows],
             [self.image_ids[row] for row in rows],
             [self.annotation_ids[row] for row in rows],
+            None if self.verification is None else self.verification[rows],
         )
+
+
+class CropMaps(NamedTuple):
+    """What the networks give for a batch of crops, float32 on the device."""
+
+    maps: Tensor
+    """`[B, K, h, w]`."""
+    mirrored: Tensor | None
+    """Those of the mirrored crops as they are, where they are averaged."""
+    features: Tensor | None
+    """f `[B, C, h, w]`, where SCIO's networks are asked."""
+    learned: Tensor | None
+    """`maps` with the distal joints' as SCIO's prediction networks have them (Eq. 3), where they are asked."""
+    learned_mirrored: Tensor | None
+
+
+class Decoded(NamedTuple):
+    """Poses of B crops, float32 on the CPU."""
+
+    keypoints: Tensor
+    """`[B, K, 2]`, image pixels."""
+    scores: Tensor
+    """`[B, K]`, heights of the heatmaps' peaks."""
+    verification: Tensor | None
+    """`[B, K]`: see `Poses`."""
 
 
 def flip_shift(decoding: Decoding, alignment: str, stride: float) -> float:
@@ -73,43 +105,100 @@ def flip_shift(decoding: Decoding, alignment: str, stride: float) -> float:
     return 0.0 if alignment == "udp" else 1.0 - 1.0 / stride
 
 
-def predict_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Keypoints `[B, K, 2]` in image pixels and the heights of their peaks `[B, K]`, float32 on the CPU.
+def predict_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> Decoded:
+    """The poses in the crops of a batch. The model is in eval mode, the batch on its device.
 
-    The model is in eval mode, the batch on its device.
     Raises CheckFailed where a heatmap is not finite.
     """
-    maps, mirrored = forward_crops(model, batch, decoding)
-    return decode_crops(model, batch, maps, mirrored, decoding)
+    return decode_crops(model, batch, forward_crops(model, batch, decoding), decoding)
 
 
 @torch.inference_mode()
-def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
-    """Heatmaps `[B, K, h, w]` of the crops and, with `decoding.flip`, of the mirrored crops, float32 on the device.
-
-    The mirrored crops' are as the network gives them: `decode_crops` turns them back. Otherwise as `predict_crops`.
-    """
+def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> CropMaps:
+    """Heatmaps of the crops and, with `decoding.flip`, of the mirrored crops; otherwise as `predict_crops`."""
     images = model.preprocess(batch.images)
-    maps = model(images).float()
-    return maps, model(images.flip(-1)).float() if decoding.flip else None
+    refined: Any = model.refined if model.refiner is not None and decoding.scio.output != "base" else None
+
+    def maps_of(images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if refined is None:
+            return model(images).float(), None, None
+        maps, features, learned = refined(images)
+        return maps.float(), features.float(), learned.float()
+
+    maps, features, learned = maps_of(images)
+    mirrored, _, learned_mirrored = maps_of(images.flip(-1)) if decoding.flip else (None, None, None)
+    return CropMaps(maps, mirrored, features, learned, learned_mirrored)
 
 
 @torch.inference_mode()
-def decode_crops(
-    model: PoseModel | Ensemble, batch: CropBatch, maps: Tensor, mirrored: Tensor | None, decoding: Decoding
-) -> tuple[Tensor, Tensor]:
+def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps, decoding: Decoding) -> Decoded:
     """What `predict_crops` returns and raises, from the heatmaps that `forward_crops` gave for the batch."""
-    input_size, heatmap_size = (batch.images.shape[-2], batch.images.shape[-1]), (maps.shape[-2], maps.shape[-1])
-    if mirrored is not None:
-        shift = flip_shift(decoding, model.input.alignment, input_size[1] / heatmap_size[1])
-        maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
-    if not torch.isfinite(maps).all():
-        raise CheckFailed("the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training")
-    xy, scores = heatmaps.decode(maps, refine=decoding.refine, blur=decoding.blur)
+    input_size = (batch.images.shape[-2], batch.images.shape[-1])
+    heatmap_size = (found.maps.shape[-2], found.maps.shape[-1])
+
+    def peaks(maps: Tensor, mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mirrored is not None:
+            shift = flip_shift(decoding, model.input.alignment, input_size[1] / heatmap_size[1])
+            maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
+        if not torch.isfinite(maps).all():
+            raise CheckFailed(
+                "the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training"
+            )
+        return heatmaps.decode(maps, refine=decoding.refine, blur=decoding.blur)
+
+    xy, scores = peaks(found.maps, found.mirrored)
+    verification = None
+    if found.learned is not None:
+        learned = peaks(found.learned, found.learned_mirrored)
+        xy, scores, verification = _refine_distal(model, found, found.features, (xy, scores), learned, decoding)
     xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
     # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
     keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())
-    return torch.from_numpy(keypoints).float(), scores.cpu()
+    return Decoded(
+        torch.from_numpy(keypoints).float(), scores.cpu(), None if verification is None else verification.cpu()
+    )
+
+
+def chosen_distal(networks: SCIO, scores: Tensor, config: DistalJoints) -> Tensor:
+    """Which groups' distal joints are replaced, `[B, G]`, by the peaks of the head's heatmaps, `[B, K]`."""
+    confident = (scores[:, networks.proximal] >= config.proximal_threshold).all(-1)
+    return confident if config.below is None else confident & (scores[:, networks.distal] < config.below)
+
+
+def _refine_distal(
+    model: Any,
+    found: CropMaps,
+    features: Any,
+    base: tuple[Tensor, Tensor],
+    learned: tuple[Tensor, Tensor],
+    decoding: Decoding,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Joints `[B, K, 2]` in heatmap pixels, their scores and verification scores `[B, K]`, after SCIO.
+
+    The search looks at the crop as it is: its loss compares what the networks say of one picture.
+    """
+    networks, distal = model.refiner, model.refiner.distal
+    (xy, scores), (learned_xy, learned_scores) = base, learned
+    xy, scores = xy.clone(), scores.clone()
+    chosen = chosen_distal(networks, scores, decoding.scio)  # [B, G]
+    verification = torch.full_like(scores, float("nan"))
+    persons = chosen.any(1).nonzero()[:, 0]
+    if not len(persons):
+        return xy, scores, verification
+    constraint = SelfConstraint(networks, found.maps[persons], features[persons])
+    ends = learned_xy[persons][:, distal]
+    if decoding.scio.output == "optimisation":
+        ends = search_distal(constraint, ends, decoding.scio, model.stride).xy
+    verified = constraint.score(ends)
+    heights = learned_scores[persons][:, distal]
+    if decoding.scio.confidence == "verification":
+        heights = heights * verified
+    rows, groups = chosen[persons].nonzero(as_tuple=True)
+    persons, joints = persons[rows], distal[groups]
+    xy[persons, joints] = ends[rows, groups]
+    scores[persons, joints] = heights[rows, groups]
+    verification[persons, joints] = verified[rows, groups]
+    return xy, scores, verification
 
 
 def predict_poses(
@@ -220,9 +309,12 @@ def suppress(poses: Poses, sigmas: Sequence[float], decoding: Decoding) -> Poses
 
 
 def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:
-    """Poses as COCO results: image_id, category_id, keypoints (3 K numbers: x, y, joint score), score."""
+    """Poses as COCO results: image_id, category_id, keypoints (3 K numbers: x, y, joint score), score.
+
+    Where SCIO replaced joints, also `verification`: for each joint its score in 0..1, or null.
+    """
     triples = np.concatenate([poses.keypoints, poses.joint_scores[..., None]], axis=-1)
-    return [
+    results: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_id, "keypoints": keypoints, "score": score}
         for image_id, keypoints, score in zip(
             poses.image_ids,
@@ -231,11 +323,29 @@ def to_results(poses: Poses, category_id: int) -> list[dict[str, Any]]:
             strict=True,
         )
     ]
+    if poses.verification is None:
+        return results
+    verified = [[None if np.isnan(score) else score for score in row] for row in poses.verification.tolist()]
+    return [{**record, "verification": row} for record, row in zip(results, verified, strict=True)]
 
 
-def protocol(dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt") -> dict[str, Any]:
-    """What the metrics of a dataset depend on besides the weights; `boxes` is gt or the path of the detections."""
-    skeleton = dataset.skeleton
+def protocol(
+    dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt", *, refined: bool = False
+) -> dict[str, Any]:
+    """What the metrics of a dataset depend on besides the weights; `boxes` is gt or the path of the detections.
+
+    refined: whether the model carries SCIO's networks, so that `decoding.scio` counts.
+    """
+    skeleton, distal = dataset.skeleton, decoding.scio
+    replaced = {"scio_below": distal.below, "scio_proximal_threshold": distal.proximal_threshold}
+    replaced |= {"scio_confidence": distal.confidence}
+    search = {"scio_steps": distal.steps, "scio_step": f"{distal.step:g} {distal.unit} pixels"}
+    search |= {"scio_radius": distal.radius}
+    scio = {
+        "scio": distal.output,
+        **(replaced if distal.output != "base" else {}),
+        **(search if distal.output == "optimisation" else {}),
+    }
     return {
         "split": dataset.annotations.path.stem,
         "boxes": boxes if boxes == "gt" else Path(boxes).name,
@@ -249,6 +359,7 @@ def protocol(dataset: TopDownDataset, decoding: Decoding, boxes: str = "gt") -> 
         "nms": decoding.nms_threshold,
         "nms_method": decoding.nms,
         "sigmas": sigma_source(skeleton),
+        **(scio if refined else {}),
     }
 
 
@@ -289,13 +400,16 @@ def predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], d
     joints, device = len(model.skeleton.joints), _device(model)
     model.eval()
     keypoints, joint_scores = [np.zeros((0, joints, 2))], [np.zeros((0, joints))]
+    verification: list[np.ndarray] = []
     box_scores, boxes, areas = [np.zeros(0)], [np.zeros((0, 4))], [np.zeros(0)]
     image_ids: list[int] = []
     annotation_ids: list[int | None] = []
     for batch in batches:
-        xy, scores = predict_crops(model, batch.to(device), decoding)
-        keypoints.append(xy.numpy())
-        joint_scores.append(scores.numpy())
+        found = predict_crops(model, batch.to(device), decoding)
+        keypoints.append(found.keypoints.numpy())
+        joint_scores.append(found.scores.numpy())
+        if found.verification is not None:
+            verification.append(found.verification.numpy())
         box_scores.append(batch.scores.cpu().numpy())
         boxes.append(batch.boxes.cpu().numpy())
         height, width = batch.images.shape[-2:]
@@ -311,6 +425,7 @@ def predict_batches(model: PoseModel | Ensemble, batches: Iterable[CropBatch], d
         areas=np.concatenate(areas),
         image_ids=image_ids,
         annotation_ids=annotation_ids,
+        verification=np.concatenate(verification) if verification else None,
     )
 
 

@@ -241,6 +241,18 @@ def _problem(skeleton: Skeleton) -> str | None:
         for name in names:
             if name not in joints:
                 return f"field {field}: {_unknown_joint(name, joints)}"
+    distal = [group.distal for group in skeleton.groups]
+    for group in skeleton.groups:
+        four = (*group.proximal, group.distal)
+        if len(set(four)) < 4:
+            return f"field groups: {list(four)} names a joint twice, expected four different ones"
+        if distal.count(group.distal) > 1:
+            return f"field groups: {group.distal!r} is the distal joint of two groups, expected of one at most"
+        if both := set(group.proximal) & set(distal):
+            return (
+                f"field groups: {min(both)!r} is proximal in one group and distal in another; a distal joint is one "
+                "that is found badly, a proximal joint one that others can rest on"
+            )
     for name in used["flip_pairs"]:
         if used["flip_pairs"].count(name) > 1:
             return f"field flip_pairs: {name!r} appears twice, expected each joint in one pair at most"

@@ -19,7 +19,7 @@ from .backbones.penultimate import with_penultimate
 from .checkpoint import load_exactly, read_export
 from .config import InputConfig, ModelConfig, Named
 from .errors import UserError
-from .heads import HEADS, CCMHead, DeconvHead, HRNetHead
+from .heads import HEADS, REFINERS, SCIO, CCMHead, DeconvHead, HRNetHead
 from .keypoints import Skeleton, load_skeleton
 
 Choice = TypeVar("Choice")
@@ -33,17 +33,24 @@ class PoseModel(nn.Module):
         head: gives one heatmap per joint of `skeleton`.
         skeleton: the joints, in the order of the heatmaps.
         config: what the model was built from; its `input` is the crop.
+        refiner: SCIO's networks, which `inference` asks about the distal joints; None: the heatmaps stand.
 
     Raises:
         UserError: the crop's size does not divide evenly through the network.
     """
 
     def __init__(
-        self, backbone: Backbone, head: DeconvHead | HRNetHead | CCMHead, skeleton: Skeleton, config: ModelConfig
+        self,
+        backbone: Backbone,
+        head: DeconvHead | HRNetHead | CCMHead,
+        skeleton: Skeleton,
+        config: ModelConfig,
+        refiner: SCIO | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.refiner = refiner
         self.skeleton = skeleton
         self.config = config
         self.input = config.input
@@ -66,16 +73,32 @@ class PoseModel(nn.Module):
         """Turn normalised crops `[B, 3, H, W]` into heatmaps `[B, K, h, w]`."""
         return self.head(self.backbone(images))
 
-    def supervised(self, images: Tensor) -> list[Tensor]:
-        """Every heatmap that training supervises: `forward`'s, then those of CCM's auxiliary decoder where it has one.
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`'s heatmaps and f, the map `[B, C, h, w]` that the head's last layer reads."""
+        features = self.head.features(self.backbone(images))
+        return self.head.final_layer(features), features
 
-        images: normalised crops `[B, 3, H, W]`. The auxiliary maps `[B, K, h', w']` may have another size.
+    def refined(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`with_features`, and the heatmaps with the distal joints' as SCIO's prediction networks have them (Eq. 3)."""
+        assert self.refiner is not None
+        maps, features = self.with_features(images)
+        learned = maps.clone()
+        learned[:, self.refiner.distal] = self.refiner.predict(maps, features).to(maps.dtype)
+        return maps, features, learned
+
+    def supervised(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What training supervises: `forward`'s heatmaps, those of CCM's auxiliary decoder where it has one, and f.
+
+        images: normalised crops `[B, 3, H, W]`. The auxiliary maps `[B, K, h', w']` may have another size; f is the map
+        `[B, C, h, w]` that the head's last layer reads.
         """
         auxiliary = self.head.auxiliary if isinstance(self.head, CCMHead) else None
         if auxiliary is None:
-            return [self(images)]
-        maps, penultimate = with_penultimate(self.backbone, images)
-        return [self.head(maps), auxiliary([penultimate])]
+            maps, features = self.with_features(images)
+            return maps, None, features
+        levels, penultimate = with_penultimate(self.backbone, images)
+        features = self.head.features(levels)
+        return self.head.final_layer(features), auxiliary([penultimate]), features
 
     def predict(
         self, images: Sequence[np.ndarray | str | Path], boxes: Sequence[np.ndarray] | None = None
@@ -127,8 +150,6 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
     """
     if config.head is None:
         raise UserError("model.head is null: a pose model needs a head; choose from " + ", ".join(HEADS))
-    if config.refiner is not None:
-        raise UserError(f"model.refiner {config.refiner.name!r} is not known: there are none yet; set it to null")
     if skeleton is None:
         if config.skeleton == "auto":
             raise UserError("model.skeleton is auto and there is no annotation file to derive it from; name one")
@@ -151,7 +172,18 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
     if is_hrnet(backbone):
         drop_unused_fuse(backbone)
     head = head_class(backbone.channels, len(skeleton.joints), **config.head.kwargs)
-    return PoseModel(backbone, head, skeleton, config)
+    refiner = None
+    if config.refiner is not None:
+        refiner_class = _choose("model.refiner", config.refiner, REFINERS)
+        check_kwargs("model.refiner", config.refiner, refiner_class, given=("in_channels", "groups"))
+        if not skeleton.groups:
+            raise UserError(
+                f"model.refiner {config.refiner.name}: skeleton {skeleton.name!r} declares no groups; give its YAML "
+                "file a field groups: [{proximal: [A, B, C], distal: D}, ...], or set model.refiner to null"
+            )
+        groups = [skeleton.indices((*group.proximal, group.distal)) for group in skeleton.groups]
+        refiner = refiner_class(head.final_layer.in_channels, groups, **config.refiner.kwargs)
+    return PoseModel(backbone, head, skeleton, config, refiner)
 
 
 def load_model(path: str | Path) -> PoseModel:

@@ -190,6 +190,8 @@ class SemiConfig:
     """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        if self.model.refiner is not None:
+            raise ValueError("model.refiner: finetune trains it, on the model that this stage makes; leave it out")
         if self.model.head is None:
             raise ValueError("model.head is null: semi-supervised training needs a head, e.g. head: {name: simple}")
         if self.data.validation_images and not self.data.validation_annotations:

@@ -162,9 +162,9 @@ def predict_all(
                 if isinstance(item, str):
                     print(f"warning: {item}; this person is not taught", file=sys.stderr)
             if crops:
-                xy, height = predict_crops(trained, collate(crops).to(fabric.device), config.decoding)
+                answer = predict_crops(trained, collate(crops).to(fabric.device), config.decoding)
                 first = number * config.optim.unlabelled_batch_size
-                found[[first + place for place in places]] = torch.cat([xy, height[..., None]], -1)
+                found[[first + place for place in places]] = torch.cat([answer.keypoints, answer.scores[..., None]], -1)
             if stop := signals.agreed(fabric):
                 raise Interrupted(f"{stop} while the teacher labels; start the same command again to label anew")
     gathered: Tensor = fabric.all_gather(found.to(fabric.device))  # pyright: ignore[reportAssignmentType]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .ccm import CCMHead
 from .hrnet import HRNetHead
+from .scio import SCIO
 from .simple import DeconvHead
 
 HEADS: dict[str, type[DeconvHead] | type[HRNetHead] | type[CCMHead]] = {
@@ -11,5 +12,7 @@ HEADS: dict[str, type[DeconvHead] | type[HRNetHead] | type[CCMHead]] = {
     "hrnet": HRNetHead,
     "ccm": CCMHead,
 }
+REFINERS: dict[str, type[SCIO]] = {"scio": SCIO}
+"""Networks on top of a head, by name: constructors of (in_channels, groups, **their own)."""
 
-__all__ = ["HEADS", "CCMHead", "DeconvHead", "HRNetHead"]
+__all__ = ["HEADS", "REFINERS", "SCIO", "CCMHead", "DeconvHead", "HRNetHead"]

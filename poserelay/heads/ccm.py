@@ -148,6 +148,10 @@ class CCMHead(nn.Module):
             else None
         )
 
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the last layer reads of the backbone's maps, `[B, C, h, w]`."""
+        return self.mixers(maps[self.level])
+
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Turn the backbone's maps into heatmaps `[B, K, h, w]`."""
-        return self.final_layer(self.mixers(maps[self.level]))
+        return self.final_layer(self.features(maps))

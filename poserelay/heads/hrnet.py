@@ -26,6 +26,10 @@ class HRNetHead(nn.Module):
         nn.init.normal_(self.final_layer.weight, std=0.001)
         nn.init.zeros_(self.final_layer.bias)  # pyright: ignore[reportArgumentType]
 
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the last layer reads of the backbone's maps, `[B, C, h, w]`."""
+        return maps[self.level]
+
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Turn the backbone's maps into heatmaps `[B, K, h, w]`."""
-        return self.final_layer(maps[self.level])
+        return self.final_layer(self.features(maps))
