@@ -14,6 +14,7 @@ from .config import (
     EmbeddingsConfig,
     PredictConfig,
     ReportConfig,
+    ScioConfig,
     ScoreConfig,
     TestConfig,
     TimingConfig,
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "predict": (PredictConfig, of("predict")),
         "visualize": (VisualizeConfig, of("visualize")),
         "embeddings": (EmbeddingsConfig, of("embeddings")),
+        "scio": (ScioConfig, of("scio")),
         "report": (ReportConfig, of("report")),
     }
     return run_commands(argv, "evaluation", commands)

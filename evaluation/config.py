@@ -82,7 +82,8 @@ class TestConfig:
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     json: bool = False
-    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+    """Print one JSON object {"metrics", "protocol", "joints"}, of a model with SCIO's networks also "scio", instead of a
+    table."""
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
@@ -285,6 +286,44 @@ class EmbeddingsConfig:
                 raise ValueError(f"checkpoints names {path} twice")
         at_least = {"count": 2, "neighbours": 1, "workers": 0, "threads": 0}
         check_ranges(self, {name: (low, math.inf) for name, low in at_least.items()} | {"seed": (0, 2**32 - 1)})
+
+
+@dataclass(frozen=True)
+class ScioConfig:
+    """Measure and draw what SCIO does about the distal joints (Table 5, Fig. 2, 5 and 6)."""
+
+    checkpoint: File
+    """Hand-off file (export/model.safetensors) of a pose model that carries SCIO's networks."""
+    annotations: File
+    """COCO-keypoint JSON with the truth; persons are cropped by their annotated boxes."""
+    images: File
+    """Folder that the JSON's file names are relative to."""
+    out: File
+    """Folder for scio.json, joints.png, search.png, correlation.png, planted.png and before_after.jpg."""
+    count: int = 1000
+    """Persons, evenly spread over those with a labelled distal joint."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """`scio.output` is not read: base, learning and optimisation are all measured."""
+    planted: tuple[float, float] = (2.0, 6.0)
+    """How far from the truth the errors are planted that the search then mends, heatmap pixels, from and to."""
+    seed: int = 0
+    """Of the planted errors."""
+    batch_size: int = 64
+    """Crops per forward pass."""
+    workers: int = 2
+    """Data processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    json: bool = False
+    """Print one JSON object {"metrics", "protocol"} instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.planted[0] <= self.planted[1] < math.inf:
+            raise ValueError(f"planted is {list(self.planted)}, expected heatmap pixels, 0 <= from <= to")
+        at_least = {"count": 1, "batch_size": 1, "workers": 0, "threads": 0}
+        check_ranges(self, {name: (low, math.inf) for name, low in at_least.items()} | {"seed": (0, 2**63 - 1)})
 
 
 def _require_positive(name: str, value: float) -> None:

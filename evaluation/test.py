@@ -19,6 +19,7 @@ from poserelay.ensemble import load_models
 from poserelay.errors import UserError
 from poserelay.inference import Poses, predict_poses, protocol, suppress, to_results
 from poserelay.keypoints import Skeleton, match_joints
+from poserelay.model import PoseModel
 from poserelay.pckh import pckh_of_persons
 from poserelay.run import write_json
 from poserelay.scoring import (
@@ -36,11 +37,16 @@ from poserelay.scoring import (
 )
 
 from .config import TestConfig
+from .joint_accuracy import format_joints, joint_means, oks_areas
+from .reliance import format_reliance, reliance, reliance_crops
 from .score import format_report, without_nan
 
 
 def main(config: TestConfig) -> dict[str, Any]:
-    """Print, write and return {"metrics", "protocol"}; the baseline's metrics are prefixed "mean pose ".
+    """Print, write and return {"metrics", "protocol", "joints"}; the baseline's metrics are prefixed "mean pose ".
+
+    "joints" are `joint_means` of the poses that PCK measures. Where the model carries SCIO's networks there is also
+    "scio", their `reliance`, null where no group is labelled.
 
     Of a file without annotations, a hidden test set, the predictions are written and nothing is scored: no metrics.
 
@@ -66,6 +72,8 @@ def main(config: TestConfig) -> dict[str, Any]:
         detections=detections,
         alignment=model.input.alignment,
     )
+    refined = model if isinstance(model, PoseModel) and model.refiner is not None and not hidden else None
+    crops = None if refined is None else reliance_crops(refined, annotations, config.images)
 
     poses = predict_poses(model, dataset, config.decoding, config.batch_size, config.workers, progress=True).joints(
         order_of_file(model.skeleton, truth.common.joints)
@@ -73,8 +81,11 @@ def main(config: TestConfig) -> dict[str, Any]:
     results = suppressed(poses, truth, model.skeleton, config)
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {"instances": None, "truth": "hidden, nothing is scored", "poses": len(results)}
+    joints: dict[str, dict[str, Any]] = {}
     if not hidden:
-        metrics, details = measure(poses, results, truth, model.skeleton, config)
+        predicted = measured_poses(poses, results, truth, config)
+        metrics, details = measure(predicted, results, truth, model.skeleton, config)
+        joints = accuracy_of_joints(predicted, truth, model.skeleton)
     if baseline is not None:
         placed = replace(
             poses,
@@ -83,9 +94,10 @@ def main(config: TestConfig) -> dict[str, Any]:
             scores=dataset.scores,
         )
         left = suppressed(placed, truth, model.skeleton, config)
-        its_metrics, _ = measure(placed, left, truth, model.skeleton, config)
+        its_poses = measured_poses(placed, left, truth, config)
+        its_metrics, _ = measure(its_poses, left, truth, model.skeleton, config)
         metrics |= {f"mean pose {name}": value for name, value in its_metrics.items()}
-    report = {
+    report: dict[str, Any] = {
         "metrics": without_nan(metrics),
         "protocol": {
             **protocol(dataset, config.decoding, config.boxes, refined=model.refiner is not None),
@@ -95,15 +107,28 @@ def main(config: TestConfig) -> dict[str, Any]:
             **truth.protocol,
             "baseline": None if config.baseline_annotations is None else Path(config.baseline_annotations).stem,
         },
+        "joints": joints,
     }
+    if refined is not None:
+        report["scio"] = None if crops is None else reliance(refined, crops, config.batch_size, config.workers)
     if config.out is not None:
         written = place_joints(results, truth.columns, len(annotations.joints))
         write_json(Path(config.out) / "predictions.json", written)
         write_json(Path(config.out) / "metrics.json", report)
     if hidden and not config.json:
         print(f"{config.annotations} holds no annotations: nothing is scored. {len(results)} poses are in {config.out}")
-    print(json.dumps(report) if config.json else format_report(report))
+    print(json.dumps(report) if config.json else format_all(report))
     return report
+
+
+def format_all(report: Mapping[str, Any]) -> str:
+    """`format_report`, then the joints, then what is to be told of SCIO."""
+    parts = [format_report(report)]
+    if report["joints"]:
+        parts.append(format_joints(report["joints"]))
+    if report.get("scio"):
+        parts.append(format_reliance(report["scio"]))
+    return "\n".join(parts)
 
 
 def suppressed(poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfig) -> list[dict[str, Any]]:
@@ -112,20 +137,26 @@ def suppressed(poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfi
     return to_results(suppress(poses, sigmas, config.decoding), truth.file.category["id"])
 
 
-def measure(
-    poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, skeleton: Skeleton, config: TestConfig
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of `poses`, whose joints are those that are scored, and of what OKS-NMS left of them; their protocol.
+def measured_poses(poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, config: TestConfig) -> np.ndarray:
+    """The joints `[P, J, 2]` by which each of `truth.counted.persons` is measured, image pixels.
 
-    OKS AP is of `results`. PCK, and PCKh where persons have head sizes, measure every person: with annotated boxes its
-    own pose, with detections the nearest one that is left.
+    With annotated boxes its own pose of `poses`, whose joints are those that are scored; with detections the nearest
+    one that OKS-NMS left in `results`, NaN where there is none.
+    """
+    if config.boxes == "gt":  # the poses are in the order of the file's persons
+        return poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
+    return match_results(truth.common, results)[truth.rows]
+
+
+def measure(
+    predicted: np.ndarray, results: Sequence[Mapping[str, Any]], truth: Truth, skeleton: Skeleton, config: TestConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of `results`, what OKS-NMS left of the poses in the joints that are scored, and their protocol.
+
+    OKS AP is of `results`. PCK, and PCKh where persons have head sizes, measure every person by its `measured_poses`.
     """
     counting = results_that_count(truth, results)
     metrics, details = oks_metrics(parsed_truth(truth), counting, skeleton, config.crowd_levels)
-    if config.boxes == "gt":  # the poses are in the order of the file's persons
-        predicted = poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
-    else:
-        predicted = match_results(truth.common, results)[truth.rows]
     found = [pck_of_truth(truth, predicted, skeleton, config.pck_threshold)]
     if not np.isnan(truth.counted.head_sizes[truth.counted.persons]).all():
         found.append(pckh_of_persons(truth.counted, predicted))
@@ -133,6 +164,15 @@ def measure(
         metrics, details = metrics | more, details | its_details
     details["matching"] = "the box's own pose" if config.boxes == "gt" else "nearest pose of the image"
     return metrics, {"instances": len(truth.counted.persons), **details}
+
+
+def accuracy_of_joints(predicted: np.ndarray, truth: Truth, skeleton: Skeleton) -> dict[str, dict[str, Any]]:
+    """`joint_means` of the `measured_poses` at the labels that count."""
+    counted, persons = truth.counted, truth.counted.persons
+    areas = oks_areas(counted, read_json(truth.file.path))[persons]
+    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, counted.joints)]
+    labelled = counted.visibility[persons] > 0
+    return joint_means(predicted, counted.keypoints[persons], labelled, areas, counted.joints, sigmas)
 
 
 def is_hidden(path: str) -> bool:

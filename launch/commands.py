@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evaluation.config import EmbeddingsConfig, PredictConfig, ReportConfig, TestConfig, TimingConfig, VisualizeConfig
+from evaluation.config import (
+    EmbeddingsConfig,
+    PredictConfig,
+    ReportConfig,
+    ScioConfig,
+    TestConfig,
+    TimingConfig,
+    VisualizeConfig,
+)
 from finetune.config import FinetuneConfig
 from finetune.pseudo_labels_config import PseudoLabelsConfig
 from poserelay.config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, PrepareConfig, SelectConfig
@@ -47,6 +55,7 @@ COMMANDS = {
     "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),
     "evaluation visualize": Command(VisualizeConfig, "out", "", "", ""),
     "evaluation embeddings": Command(EmbeddingsConfig, "out", "", "", "embeddings.json"),
+    "evaluation scio": Command(ScioConfig, "out", "", "", "scio.json"),
     "evaluation report": Command(ReportConfig, "out", "", "", "report.md"),
     "poserelay synthesize": Command(SynthesizeConfig, "out", "", "", "annotations.json"),
     "poserelay convert": Command(ConvertConfig, "out", "annotations.json", "annotations.json", "annotations.json"),

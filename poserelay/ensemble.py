@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ def load_models(paths: str | Path | Sequence[str | Path]) -> PoseModel | Ensembl
         seen[real] = file
     if len(files) == 1:
         return load_model(files[0])
-    return Ensemble({file: load_model(file) for file in files}).eval()
+    models = {file: load_model(file) for file in files}
+    if refined := [file for file, model in models.items() if model.refiner is not None]:
+        print(f"warning: in an ensemble the networks of model.refiner are not asked ({refined[0]})", file=sys.stderr)
+    return Ensemble(models).eval()
 
 
 def resample(heatmaps: Tensor, size: tuple[int, int], alignment: Alignment) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import InspectConfig, ModelConfig, Named
+from .config import DistalJoints, InspectConfig, ModelConfig, Named
 from .keypoints import load_skeleton
-from .model import build_backbone, build_model
+from .local_search import SelfConstraint
+from .model import PoseModel, build_backbone, build_model
 
 
 def main(config: InspectConfig) -> None:
@@ -29,6 +30,9 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
     `[K, h, w]`, or the coarsest map's `[C, h, w]` of a backbone. `joints` says which skeleton gives K: coco17 where the
     config leaves it to the data.
 
+    Where `config.refiner` is given, both parameter counts include its own, and `refiner_figures` are added; `macs`
+    stays what the heatmaps cost.
+
     Raises:
         UserError: as `build_model`.
     """
@@ -44,6 +48,8 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
             skeleton = load_skeleton("coco17" if config.skeleton == "auto" else config.skeleton)
             model = build_model(replace(config, backbone=backbone), skeleton)
         images = torch.zeros(1, 3, config.input.height, config.input.width)
+    model.eval()
+    refiner = refiner_figures(model, images) if isinstance(model, PoseModel) and model.refiner else {}
     used: dict[int, int] = {}
     extra = 0
 
@@ -57,30 +63,64 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
     for module in model.modules():
         module.register_forward_hook(record)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        output = model.eval()(images)
+        output = model(images)
     macs = counter.get_total_flops() // 2
     return {
         "parameters_training": sum(parameter.numel() for parameter in model.parameters()),
-        "parameters_inference": sum(used.values()),
+        "parameters_inference": sum(used.values()) + refiner.get("parameters_refiner", 0),
         "macs": macs,
         "macs_deconv_at_output": macs + extra,
         "output": list((output if isinstance(output, Tensor) else output[-1]).shape[1:]),
         "joints": joints,
+        **refiner,
+    }
+
+
+def refiner_figures(model: PoseModel, images: Tensor) -> dict[str, int]:
+    """What SCIO's networks add to a model, for one crop, normalised `[1, 3, H, W]`, and all groups.
+
+    `parameters_refiner` of both sides; `macs_prediction` of the prediction networks' pass; `macs_step` of one step of
+    the search; `macs_search` of the whole search of `steps` steps, `DistalJoints`' default, with what it computes once,
+    the loss where it starts and the verification score where it ends. The flip test predicts for the mirrored crop,
+    too, but does not search there.
+    """
+    assert model.refiner is not None
+    networks, steps = model.refiner, DistalJoints().steps
+    with torch.no_grad():
+        maps, features = model.with_features(images)
+        with FlopCounterMode(display=False) as prediction:
+            networks.predict(maps, features)
+        with FlopCounterMode(display=False) as once:
+            constraint = SelfConstraint(networks, maps, features)
+        with FlopCounterMode(display=False) as step:
+            constraint.loss(torch.zeros(1, len(networks.distal), 2, device=images.device))
+    step_macs = step.get_total_flops() // 2
+    return {
+        "parameters_refiner": sum(parameter.numel() for parameter in networks.parameters()),
+        "macs_prediction": prediction.get_total_flops() // 2,
+        "macs_step": step_macs,
+        "steps": steps,
+        "macs_search": once.get_total_flops() // 2 + (steps + 2) * step_macs,
     }
 
 
 def format_inspection(figures: dict[str, Any]) -> str:
     """The figures of `inspect_model` as a text of a few lines."""
     joints = f", joints of {figures['joints']}" if figures["joints"] else ", coarsest map of the backbone"
-    return "\n".join(
-        [
-            f"parameters   {figures['parameters_training'] / 1e6:.2f} M in training, "
-            f"{figures['parameters_inference'] / 1e6:.2f} M at inference",
-            f"MACs         {figures['macs'] / 1e9:.2f} G (as the papers' tables count: "
-            f"{figures['macs_deconv_at_output'] / 2**30:.2f} x 2^30, deconvolutions at output resolution)",
-            f"output       {' x '.join(map(str, figures['output']))}{joints}",
-        ]
-    )
+    lines = [
+        f"parameters   {figures['parameters_training'] / 1e6:.2f} M in training, "
+        f"{figures['parameters_inference'] / 1e6:.2f} M at inference",
+        f"MACs         {figures['macs'] / 1e9:.2f} G (as the papers' tables count: "
+        f"{figures['macs_deconv_at_output'] / 2**30:.2f} x 2^30, deconvolutions at output resolution)",
+        f"output       {' x '.join(map(str, figures['output']))}{joints}",
+    ]
+    if "parameters_refiner" in figures:
+        lines.append(
+            f"SCIO         {figures['parameters_refiner'] / 1e6:.2f} M of the parameters; MACs beside those above: "
+            f"{figures['macs_prediction'] / 1e9:.3f} G to predict, {figures['macs_search'] / 1e9:.3f} G to search in "
+            f"{figures['steps']} steps ({figures['macs_step'] / 1e9:.3f} G each)"
+        )
+    return "\n".join(lines)
 
 
 def _pixels(maps: Tensor) -> int:

@@ -35,6 +35,7 @@ class Colours(nn.Module):
     def __init__(self, stride: int, alignment: Any = "hrnet", skeleton: Skeleton = SKELETON, **fields: Any) -> None:
         super().__init__()
         self.skeleton = skeleton
+        self.refiner = None
         self.input = InputConfig(**{"height": 96, "width": 64, "alignment": alignment, **fields})
         self.stride = stride
         self.heatmap_size = 96 // stride, 64 // stride

@@ -42,6 +42,7 @@ class ColourModel(nn.Module):
     def __init__(self, alignment: Any = "hrnet", gain: float = 1.0) -> None:
         super().__init__()
         self.skeleton = SKELETON
+        self.refiner = None
         self.input = InputConfig(height=96, width=64, alignment=alignment)
         self.gain = nn.Parameter(torch.tensor(gain))
 
@@ -109,8 +110,9 @@ def test_joints_come_back_in_image_pixels(files: Path, alignment: str, flip: boo
     model = ColourModel(alignment)
     data = dataset(files, model)
     batch = collate([data[0], data[1]])
-    keypoints, scores = predict_crops(model, batch, Decoding(refine="parabola", flip=flip))
+    keypoints, scores, verification = predict_crops(model, batch, Decoding(refine="parabola", flip=flip))
     assert keypoints.shape == (2, 3, 2)
+    assert verification is None
     heatmap_pixel = 75 * 1.25 / (64 / STRIDE)  # in image pixels: the box is 90 high, so 60 wide x 1.25
     np.testing.assert_allclose(keypoints.numpy(), [FIRST, SECOND], atol=0.1 * heatmap_pixel)
     assert scores.min() > 0.8
@@ -119,8 +121,8 @@ def test_joints_come_back_in_image_pixels(files: Path, alignment: str, flip: boo
 def test_another_flip_shift_moves_joints_by_half_of_the_difference(files: Path) -> None:
     model = ColourModel()
     batch = collate([dataset(files, model)[0]])
-    exact, _ = predict_crops(model, batch, Decoding(refine="parabola"))
-    early, _ = predict_crops(model, batch, Decoding(refine="parabola", flip_shift=0.25))
+    exact = predict_crops(model, batch, Decoding(refine="parabola")).keypoints
+    early = predict_crops(model, batch, Decoding(refine="parabola", flip_shift=0.25)).keypoints
     heatmap_pixel = STRIDE / batch.affine[0, 0, 0]
     moved = (exact - early)[0] / heatmap_pixel
     np.testing.assert_allclose(moved[:, 0], 0.25, atol=0.06)  # the mean of the two pictures' maps, half a pixel apart
@@ -132,7 +134,7 @@ def test_flip_test_exchanges_paired_joints(files: Path) -> None:
     model = ColourModel()
     model.skeleton = Skeleton(name="paired", joints=SKELETON.joints, flip_pairs=(("red", "green"),))
     batch = collate([dataset(files, model)[0]])
-    _, scores = predict_crops(model, batch, Decoding())
+    scores = predict_crops(model, batch, Decoding()).scores
     assert (scores[0, :2] < 0.7).all()
     assert scores[0, 2] > 0.8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torchvision
@@ -113,6 +114,32 @@ def test_joints_left_to_the_data_are_assumed_and_said_so() -> None:
     assert assumed["joints"] == "coco17 (assumed)"
     assert "assumed" in format_inspection(assumed)
     assert {**assumed, "joints": "coco17"} == named
+
+
+def test_what_scio_adds_is_as_counted_by_hand() -> None:
+    head = Named("simple", {"deconv_channels": [8, 8]})
+    plain = ModelConfig(Named("resnet18"), head, skeleton="crowdpose14", input=InputConfig(64, 96))
+    refiner = Named("scio", {"feature_channels": 2, "width": 3, "dilations": [1, 2]})
+    figures, without = inspect_model(replace(plain, refiner=refiner)), inspect_model(plain)
+    groups, width, reduced, pixels = 4, 3, 2, 8 * 12
+    # Per group: f of 8 channels to 2; f and the three heatmaps to 3; 3 to 3; 3 to the heatmap.
+    reduce, of_features, of_heatmap, inner, last = 8 * reduced, reduced * width * 9, width * 9, width * width * 9, width
+    weights = reduce + of_features + 3 * of_heatmap + inner + last
+    parameters = 2 * groups * (weights + reduced + 2 * 2 * width + 1)  # both sides; biases of f and last, batch norms
+    step = groups * pixels * (of_heatmap + inner + last)
+    once = groups * pixels * (reduce + of_features + 2 * of_heatmap)
+    assert {name: value for name, value in figures.items() if name not in without} == {
+        "parameters_refiner": parameters,
+        "macs_prediction": groups * pixels * weights,
+        "macs_step": step,
+        "steps": 50,
+        "macs_search": once + (1 + 50 + 1) * step,
+    }
+    grown = {name: without[name] + parameters for name in ("parameters_training", "parameters_inference")}
+    assert {name: figures[name] for name in without} == {**without, **grown}
+    text = format_inspection({**figures, "macs_search": 1_234_000_000})
+    assert "1.234 G to search in 50 steps" in text
+    assert "SCIO" not in format_inspection(without)
 
 
 def test_the_text_and_the_json_hold_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:

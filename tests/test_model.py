@@ -115,7 +115,9 @@ def test_normalise_is_torchvisions(color: Literal["rgb", "bgr"]) -> None:
     ("changes", "says"),
     [
         ({"head": None}, ["model.head is null", "simple, hrnet"]),
-        ({"refiner": Named("scio")}, ["model.refiner 'scio'"]),
+        ({"refiner": Named("scoi")}, ["model.refiner 'scoi'", "did you mean 'scio'"]),
+        ({"refiner": Named("scio")}, ["model.refiner scio: skeleton 'hand' declares no groups", "proximal: [A, B, C]"]),
+        ({"refiner": Named("scio", {"in_channels": 3})}, ["no 'in_channels'"]),
         ({"backbone": Named("resnet_50")}, ["'resnet_50'", "did you mean 'resnet50'", "hrnet_w48"]),
         ({"head": Named("simpel")}, ["did you mean 'simple'"]),
         ({"head": Named("hrnet")}, ["'hrnet' does not go with", "'resnet18'"]),

@@ -87,7 +87,7 @@ def test_every_command_has_its_config_class_among_them(classes: set[type], monke
     for module, argv in (*((stage, []) for stage in stages), *subcommands):
         monkeypatch.setattr(module, "run_command", lambda *a, **_: used.append(a[2]))
         module.main(argv)
-    assert len(used) == 21
+    assert len(used) == 22
     assert set(used) <= classes
 
 

@@ -4,6 +4,7 @@ backbone and head."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ SCORED = {
     "mscl_table3": 5,
     "mscl_table4": 4,
     "mscl_table5": 4,
+    "scio_table1": 1,
+    "scio_table2": 1,
+    "scio_table3": 3 * 2 * 2,  # test-dev, and val2017 whose truth is at hand
+    "scio_table4": 1 + 2 + 1,  # and the heatmaps' own joints
+    "scio_table5": 2,
 }
 
 
@@ -87,6 +93,13 @@ def test_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert written >= {"data", "teacher"}
         check_teacher(config)
         assert bool(config.teacher_from) == (config.teacher.name in TRAINED)
+    if isinstance(config, FinetuneConfig) and config.model.refiner:
+        # On a small network, as not every recipe's own is built.
+        small = replace(config.model, backbone=Named("resnet18"), head=Named("simple", {"deconv_channels": [8]}))
+        with torch.device("meta"):
+            refiner = build_model(small).refiner
+        assert refiner is not None
+        assert len(refiner.distal) == {"coco17": 6, "crowdpose14": 4}[config.model.skeleton]
     if not isinstance(config, PretrainConfig) and BUILDS[network_of(recipe)] != recipe:
         return
     if isinstance(config, PretrainConfig):
@@ -171,6 +184,9 @@ def test_graph(path: Path, tmp_path: Path) -> None:
             assert ("COCO_val2017_detections_AP_H_56_person" in config["boxes"]) == on_coco
         if paper == "ccm" and on_coco and config["joints"] == "all" and config["labelled_joints"] is None:
             assert "_detections_AP_H_" in config["boxes"]
+        if paper == "scio":
+            assert config["decoding"]["flip"]
+            assert ("_detections_AP_H_" in config["boxes"]) == ("coco/" in config["annotations"])
         if paper == "mscl":
             assert not config["decoding"]["flip"]
             assert config["boxes"] == "gt"
@@ -209,9 +225,10 @@ def test_one_step_of_a_pose_model(backbone: Named, head: Named) -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(backbone, head, None, "coco17", InputConfig(height=64, width=64)))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    maps = model.supervised(model.preprocess(images))
-    assert len(maps) == 1 + (head.name == "ccm")
-    assert maps[0].shape[-2:] == model.heatmap_size
+    heatmaps, auxiliary, features = model.supervised(model.preprocess(images))
+    assert (auxiliary is not None) == (head.name == "ccm")
+    assert heatmaps.shape[-2:] == features.shape[-2:] == model.heatmap_size
+    maps = [heatmaps] if auxiliary is None else [heatmaps, auxiliary]
     loss = torch.stack([joints_mse(found, torch.zeros_like(found), torch.ones(2, 17)) for found in maps]).sum()
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]

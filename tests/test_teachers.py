@@ -98,7 +98,8 @@ def test_ccms_auxiliary_decoder_learns_from_labelled_crops_alone() -> None:
     nn.init.normal_(head.auxiliary.final_layer.weight, std=0.1)
     labelled, unlabelled = crops(4, 1), crops(4, 2)
     values = named(step := step_of([model], [], auxiliary_weight=0.3), step(labelled, None, torch.Generator()))
-    whole, auxiliary = model.supervised(model.preprocess(labelled.images))
+    whole, auxiliary, _ = model.supervised(model.preprocess(labelled.images))
+    assert auxiliary is not None
     assert auxiliary.shape[-1] == 2 * whole.shape[-1]
     place = input_to_heatmap(labelled.keypoints, SIZE, (16, 16))
     targets, weight = (
