@@ -82,7 +82,7 @@ class TestConfig:
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     json: bool = False
-    """Print one JSON object {"metrics", "protocol", "joints"}, of a model with SCIO's networks also "scio", instead of a
+    """Print one JSON object {"metrics", "protocol", "joints"}, of a model with SCIO also "scio", instead of a
     table."""
 
     def __post_init__(self) -> None:

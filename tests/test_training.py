@@ -78,7 +78,7 @@ def semi_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def ccm_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
-    """Two phases on four sources: another skeleton, false detections, pseudo-labels; an auxiliary decoder."""
+    """Two phases on four sources: another skeleton, false detections, pseudo-labels; an auxiliary decoder; SCIO."""
     truth = json.loads((people / "annotations.json").read_text())
     joints = truth["categories"][0]["keypoints"][5:]
     persons = [{**person, "keypoints": person["keypoints"][15:], "num_keypoints": 0} for person in truth["annotations"]]
@@ -88,9 +88,12 @@ def ccm_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
     nobody = [{"image_id": image, "category_id": 1, "bbox": [94, 94, 2, 2], "score": 0.9} for image in images]
     (run_dir.parent / "detections.json").write_text(json.dumps(nobody))
     plain = yaml.safe_load(Path(finetune_arguments(people, run_dir)[1]).read_text())
+    head = {"name": "ccm", "kwargs": {"channels": [8, 8]}}
+    refiner = {"name": "scio", "kwargs": {"feature_channels": 2, "width": 4, "dilations": [1, 2]}}
     config = {
         **plain,
-        "model": {**plain["model"], "head": {"name": "ccm", "kwargs": {"channels": [8, 8]}}},
+        "model": {**plain["model"], "head": head, "refiner": refiner},
+        "scio": {"perturb_distal": 3.0},
         "external": {"annotations": str(run_dir.parent / "limbs.json"), "images": str(people / "images"), "ratio": 0.5},
         "hard_negatives": {"detections": str(run_dir.parent / "detections.json"), "ratio": 0.25},
         "pseudo_labelled": {"annotations": str(people / "annotations.json"), "images": str(people / "images")},
