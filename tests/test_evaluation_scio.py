@@ -19,7 +19,7 @@ from evaluation import config as fields
 from evaluation import scio
 from evaluation import test as testing
 from evaluation.__main__ import main
-from evaluation.joint_accuracy import joint_means, oks_areas
+from evaluation.joint_accuracy import joint_means
 from evaluation.reliance import (
     annotated_crops,
     displaced,
@@ -51,7 +51,10 @@ def folder(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for joint in (number % 17, (5 * number) % 17):
             person["keypoints"][3 * joint : 3 * joint + 3] = [0, 0, 0]
     (folder / "annotations.json").write_text(json.dumps(data))
-    for name, refiner in (("scio", Named("scio", {"width": 3, "feature_channels": 2, "sigma": 1.0})), ("plain", None)):
+    for name, refiner in (
+        ("scio", Named("scio", {"width": 3, "feature_channels": 2, "dilations": [1, 2], "sigma": 1.0})),
+        ("plain", None),
+    ):
         torch.manual_seed(0)
         skeleton = load_skeleton("coco17")
         config = ModelConfig(
@@ -318,7 +321,7 @@ def test_evaluation_reports_the_reliance_of_a_model_with_scio(
 
 
 def test_the_command_measures_and_draws(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = scio.main(asked(folder, tmp_path, json=True, batch_size=7))
+    report = scio.main(asked(folder, tmp_path, json=True))
     assert json.loads(capsys.readouterr().out) == report == json.loads((tmp_path / "scio.json").read_text())
     for name in ("joints.png", "search.png", "correlation.png", "planted.png", "before_after.jpg"):
         assert np.ptp(cv2.imread(str(tmp_path / name))) > 0  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -371,10 +374,10 @@ def test_the_command_measures_and_draws(folder: Path, tmp_path: Path, capsys: py
 def test_errors_in_heatmap_pixels_and_draws_do_not_depend_on_batches(
     folder: Path, model: PoseModel, tmp_path: Path
 ) -> None:
-    small, large = (asked(folder, tmp_path, batch_size=size) for size in (5, 64))
+    small, large = (asked(folder, tmp_path, batch_size=size, count=12) for size in (5, 64))
     dataset = scio.choose_persons(model, small)
     distal = scio.true_distal(model, dataset)
-    areas = oks_areas(dataset.annotations, {"images": []})[: len(dataset)]
+    areas = np.ones(len(dataset))
     first, second = (scio.measure(model, dataset, distal, areas, config) for config in (small, large))
     np.testing.assert_array_equal(first.before, second.before)
     np.testing.assert_allclose(first.losses, second.losses, rtol=1e-4)
@@ -421,7 +424,13 @@ def test_what_cannot_be_measured_ends_with_exit_2(
 
     def message(**changes: str) -> str:
         given = {"checkpoint": str(folder / "scio.safetensors"), "annotations": str(folder / "annotations.json")}
-        given |= {"images": str(folder / "images"), "out": str(tmp_path / "out"), "workers": "0", "device": "cpu"}
+        given |= {
+            "images": str(folder / "images"),
+            "out": str(tmp_path / "out"),
+            "workers": "0",
+            "device": "cpu",
+            "count": "1",
+        }
         arguments = [f"--{name}={value}" for name, value in {**given, **changes}.items()]
         assert main(["scio", *arguments]) == 2
         assert not (tmp_path / "out").exists()

@@ -212,7 +212,7 @@ def test_freezing_is_real(
     """
     more = [*REFINER, "--optim.epochs", "3", "--optim.drops", "[]", "--save_every", "1", "--optim.batch_size", "8"]
     more += ["--data.validation_annotations", str(people / "annotations.json"), "--validate_every", "2"]
-    more += ["--decoding.scio.steps", "2"]
+    more += ["--decoding.scio.steps", "2", "--decoding.flip", "false", "--labels.count", "6"]
     if frozen:
         base = finetune_arguments(people, tmp_path / "base", "--optim.epochs", "1", "--optim.drops", "[]")
         assert finetune(base) == 0
