@@ -32,6 +32,7 @@ from poserelay.errors import UserError
 from poserelay.geometry import apply_affine, box_to_affine, invert_affine
 from poserelay.heatmaps import heatmap_to_input, input_to_heatmap
 from poserelay.inference import crop_batches, decode_crops, forward_crops, protocol
+from poserelay.keypoints import Skeleton
 from poserelay.local_search import SelfConstraint, search_distal
 from poserelay.model import PoseModel, load_model
 from poserelay.run import write_atomic, write_json
@@ -467,6 +468,7 @@ def draw_correlation(
         axes.set_title(f"{title}\n{coefficients}", fontsize=9)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy, 2 sigmoid(-d / (s k))", ylim=(0, 1.02))
+    figure.supxlabel(f"the paper's Fig. 6b: {PAPER['pearson']} over {PAPER['count']:,} samples", fontsize=9)
     legend = figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, markerscale=2.5
     )
@@ -550,8 +552,12 @@ def enlarged(
     side = max(1.6 * float((high - low).max()), 0.28 * float(dataset.boxes[person, 2:].max()))
     box = np.array([*(low + high) / 2 - side / 2, side, side])
     near = box_to_affine(box, (ZOOM, ZOOM), padding=1.0)
+    scores = measured.scores[person].copy()
+    scores[joint] = 1  # the joint that this is about is drawn, however low its peak
     pictures = [
-        posed(warp(picture, view, size).transpose(1, 2, 0), view, dataset, measured, person, output)
+        posed(
+            warp(picture, view, size).transpose(1, 2, 0), view, dataset.skeleton, measured.poses[output][person], scores
+        )
         for view, size in ((affine, whole), (near, (ZOOM, ZOOM)))
     ]
     ends = apply_affine(near, np.stack([truth, measured.poses[output][person, joint]]))
@@ -561,11 +567,10 @@ def enlarged(
 
 
 def posed(
-    image: np.ndarray, view: np.ndarray, dataset: TopDownDataset, measured: Measured, person: int, output: str
+    image: np.ndarray, view: np.ndarray, skeleton: Skeleton, keypoints: np.ndarray, scores: np.ndarray
 ) -> np.ndarray:
-    """A picture `[H, W, 3]` with the pose of an output drawn; view: image pixels to its own, `[2, 3]`."""
-    keypoints = apply_affine(view, measured.poses[output][person])
-    return draw_poses(image, keypoints[None], measured.scores[person, None], dataset.skeleton)
+    """A picture `[H, W, 3]` with one pose `[K, 2]`, image pixels, drawn; view: from these to its own, `[2, 3]`."""
+    return draw_poses(image, apply_affine(view, keypoints)[None], scores[None], skeleton)
 
 
 def mark(image: np.ndarray, truth: np.ndarray, joint: np.ndarray) -> None:

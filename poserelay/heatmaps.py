@@ -151,7 +151,7 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
         return _peaks(heatmaps, refine)
     rows, columns = _blur_matrices(heatmaps, blur)
     found = []
-    for part in heatmaps.split(_persons_in_cache(heatmaps)):
+    for part in heatmaps.split(persons_in_cache(heatmaps)):
         # Named, not passed on: what lives into the next turn keeps the allocator from returning its pages in between.
         filtered = _filter(part, rows, columns)
         found.append(_peaks(filtered, refine))
@@ -159,7 +159,7 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
     return torch.cat(xy), torch.cat(score)
 
 
-def _persons_in_cache(heatmaps: Tensor) -> int:
+def persons_in_cache(heatmaps: Tensor) -> int:
     """How many persons to work on at once, so that on the CPU the maps between two steps do not leave its cache."""
     if heatmaps.device.type != "cpu":
         return max(1, len(heatmaps))
@@ -322,7 +322,7 @@ def average_flip(heatmaps: Tensor, heatmaps_of_flipped: Tensor, flip_index: Sequ
     """The mean of a picture's maps and its mirrored picture's, `[B, K, H, W]`; arguments as in `flip_back`."""
     heatmaps = _at_least_float32(heatmaps)
     average = torch.empty_like(heatmaps)
-    persons = _persons_in_cache(heatmaps)
+    persons = persons_in_cache(heatmaps)
     for start in range(0, len(heatmaps), persons):
         part = slice(start, start + persons)
         average[part] = flip_back(heatmaps_of_flipped[part], flip_index, shift).lerp_(heatmaps[part], 0.5)

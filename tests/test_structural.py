@@ -210,7 +210,7 @@ def test_freezing_is_real(
 
     The frozen base is a model without the networks, which is said.
     """
-    more = [*REFINER, "--optim.epochs", "3", "--optim.drops", "[]", "--save_every", "1", "--optim.batch_size", "8"]
+    more = [*REFINER, "--optim.epochs", "3", "--optim.drops", "[]", "--save_every", "1"]
     more += ["--data.validation_annotations", str(people / "annotations.json"), "--validate_every", "2"]
     more += ["--decoding.scio.steps", "2", "--decoding.flip", "false", "--labels.count", "6"]
     if frozen:
