@@ -23,6 +23,8 @@ PERSONS = 1000
 DISPLACED = (2.0, 6.0)
 """Heatmap pixels; 6 is as far as the search goes."""
 SEED = 0
+BLIND = 0.05
+"""Reliance under which a search is warned about."""
 
 
 class Distal(NamedTuple):
@@ -185,6 +187,18 @@ def losses_at(
         losses.append(torch.stack([constraint.loss(xy) for xy in here]).cpu())
         first += len(batch)
     return torch.cat(losses, 1).double().numpy()
+
+
+def blindness(found: Mapping[str, Any] | None) -> str | None:
+    """A warning for the user who searches with networks that hardly read D; None where there is nothing to say."""
+    total = None if found is None else found["all"]["reliance"]
+    if total is None or total >= BLIND:
+        return None
+    return (
+        f"warning: the verification networks hardly read the distal joints (reliance {total:.3f}), so the search has "
+        "little to go by and may lead away from them; --decoding.scio.output learning leaves it out, and training with "
+        "--scio.perturb_distal teaches them"
+    )
 
 
 def format_reliance(found: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from poserelay.scoring import (
 
 from .config import TestConfig
 from .joint_accuracy import format_joints, joint_means, oks_areas
-from .reliance import format_reliance, reliance, reliance_crops
+from .reliance import blindness, format_reliance, reliance, reliance_crops
 from .score import format_report, without_nan
 
 
@@ -111,6 +112,9 @@ def main(config: TestConfig) -> dict[str, Any]:
     }
     if refined is not None:
         report["scio"] = None if crops is None else reliance(refined, crops, config.batch_size, config.workers)
+        warning = blindness(report["scio"])
+        if warning and config.decoding.scio.output == "optimisation":
+            print(warning, file=sys.stderr)
     if config.out is not None:
         written = place_joints(results, truth.columns, len(annotations.joints))
         write_json(Path(config.out) / "predictions.json", written)

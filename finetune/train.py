@@ -374,6 +374,15 @@ def announce(
             unused = [joint for joint, row in zip(theirs, match_joints(ours, theirs), strict=True) if row is None]
             lines += [f"  not supervised there: {', '.join(missing)}"] * bool(missing)
             lines += [f"  not joints of {data.skeleton.name}: {', '.join(unused)}"] * bool(unused)
+    if config.model.refiner:
+        base = "are frozen" if config.scio.freeze_base else "learn with them"
+        epochs = phases[-1].epoch(phases[-1].end - 1) + 1
+        lines.append(
+            f"scio: {len(data.skeleton.groups)} groups; backbone and head {base}; {epochs} epochs, of the prediction "
+            "and the verification networks by turns"
+        )
+        if epochs < 2:
+            lines.append("warning: one epoch trains the prediction networks alone; train for more, or do not search")
     for phase in phases[1:]:
         lines.append(f"from step {phase.first_step} on {phase.letters}, lr {phase.base_lr:g}, {phase.steps} steps")
     if global_batch != config.optim.lr_batch:

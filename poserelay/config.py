@@ -104,6 +104,8 @@ class DistalJoints:
 
     def __post_init__(self) -> None:
         ranges = {"steps": (1, 10_000), "radius": (0, math.inf), "proximal_threshold": (-math.inf, math.inf)}
+        if self.below is not None:
+            ranges["below"] = (-math.inf, math.inf)
         check_ranges(self, ranges, "decoding.scio.")
         if not 0 < self.step < math.inf:
             raise ValueError(f"decoding.scio.step is {self.step}, expected a positive number")

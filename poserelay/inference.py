@@ -136,7 +136,7 @@ def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps,
     input_size = (batch.images.shape[-2], batch.images.shape[-1])
     heatmap_size = (found.maps.shape[-2], found.maps.shape[-1])
 
-    def peaks(maps: Tensor, mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+    def peaks(maps: Tensor, mirrored: Tensor | None, joints: Any = slice(None)) -> tuple[Tensor, Tensor]:
         if mirrored is not None:
             shift = flip_shift(decoding, model.input.alignment, input_size[1] / heatmap_size[1])
             maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
@@ -144,12 +144,12 @@ def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps,
             raise CheckFailed(
                 "the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training"
             )
-        return heatmaps.decode(maps, refine=decoding.refine, blur=decoding.blur)
+        return heatmaps.decode(maps[:, joints], refine=decoding.refine, blur=decoding.blur)
 
     xy, scores = peaks(found.maps, found.mirrored)
     verification = None
-    if found.learned is not None:
-        learned = peaks(found.learned, found.learned_mirrored)
+    if found.learned is not None and model.refiner is not None:
+        learned = peaks(found.learned, found.learned_mirrored, model.refiner.distal)
         xy, scores, verification = _refine_distal(model, found, found.features, (xy, scores), learned, decoding)
     xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
     # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
@@ -175,6 +175,8 @@ def _refine_distal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joints `[B, K, 2]` in heatmap pixels, their scores and verification scores `[B, K]`, after SCIO.
 
+    base: the head's joints and scores, `[B, K, 2]` and `[B, K]`; learned: the distal ones of the prediction networks,
+    `[B, G, 2]` and `[B, G]`.
     The search looks at the crop as it is: its loss compares what the networks say of one picture.
     """
     networks, distal = model.refiner, model.refiner.distal
@@ -186,11 +188,11 @@ def _refine_distal(
     if not len(persons):
         return xy, scores, verification
     constraint = SelfConstraint(networks, found.maps[persons], features[persons])
-    ends = learned_xy[persons][:, distal]
+    ends = learned_xy[persons]
     if decoding.scio.output == "optimisation":
         ends = search_distal(constraint, ends, decoding.scio, model.stride).xy
     verified = constraint.score(ends)
-    heights = learned_scores[persons][:, distal]
+    heights = learned_scores[persons]
     if decoding.scio.confidence == "verification":
         heights = heights * verified
     rows, groups = chosen[persons].nonzero(as_tuple=True)

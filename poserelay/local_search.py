@@ -72,7 +72,7 @@ def local_search(
             allowed &= (candidate >= low).all(-1)
         if high is not None:
             allowed &= (candidate <= high).all(-1)
-        better = allowed & (found < best - MARGIN)
+        better = allowed & found.isfinite() & (found < best - MARGIN)
         position = torch.where(better[..., None], candidate, position)
         best = torch.where(better, found, best)
         direction = torch.where(better, direction, direction + TURN)

@@ -22,6 +22,7 @@ from evaluation.__main__ import main
 from evaluation.joint_accuracy import joint_means
 from evaluation.reliance import (
     annotated_crops,
+    blindness,
     displaced,
     format_reliance,
     losses_at,
@@ -295,6 +296,9 @@ def test_networks_that_do_not_read_d_are_blind_whatever_the_batch(folder: Path, 
     assert found["all"]["true"] == pytest.approx(found["all"]["displaced"])
     assert all(abs(its["reliance"]) < 1e-9 for its in found["groups"].values())
     assert "reliance on the distal joint 0.000 (0: blind)" in format_reliance(found).replace("-0.000", "0.000")
+    assert "reliance " in str(blindness(found))
+    assert blindness({**found, "all": {**found["all"], "reliance": 0.3}}) is None
+    assert blindness(None) is None
     reads = reliance(model, crops, 64, 0)
     assert max(abs(its["reliance"]) for its in reads["groups"].values()) > 1e-3
     small = reliance(model, crops, 3, 0)
