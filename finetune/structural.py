@@ -119,7 +119,7 @@ class Outputs(NamedTuple):
     maps: Tensor
     """`[B, K, h, w]`, the head's."""
     auxiliary: Tensor | None
-    """`[B, K, h', w']`, of CCM's auxiliary decoder, where there is one."""
+    """`[B, K, h', w']`, of CCM's auxiliary decoder, where there is one that is trained."""
     loop: Loop | None
     """Where the model carries SCIO."""
     displaced: Tensor | None
@@ -131,7 +131,7 @@ class Supervised(nn.Module):
 
     Args:
         model: the pose model.
-        freeze_base: run everything but SCIO's networks without gradients.
+        freeze_base: run everything but SCIO's networks without gradients, and no auxiliary decoder.
     """
 
     def __init__(self, model: PoseModel, *, freeze_base: bool = False) -> None:
@@ -146,7 +146,11 @@ class Supervised(nn.Module):
         more pass through the verification networks.
         """
         networks = self.model.refiner
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_base):
+        if self.freeze_base:
+            with torch.no_grad():
+                maps, features = self.model.with_features(images)
+            auxiliary = None
+        else:
             maps, auxiliary, features = self.model.supervised(images)
         if networks is None or side is None:
             return Outputs(maps, auxiliary, None, None)

@@ -270,7 +270,7 @@ def training_step(
     main = joints_mse(found.maps.float(), targets, weight)  # HRNet's half of Eq. 8, which Adam does not see
     weighted = [] if config.scio.freeze_base else [(1.0, "main_loss")]
     parts = {"main_loss": main}
-    if found.auxiliary is not None and not config.scio.freeze_base:
+    if found.auxiliary is not None:
         maps = found.auxiliary.float()
         parts["auxiliary_loss"] = auxiliary_loss(maps, batch, model, config.sigma, quantize=config.quantize)
         weighted.append((config.auxiliary_weight, "auxiliary_loss"))  # CCM's Eq. 9
