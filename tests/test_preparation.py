@@ -249,7 +249,7 @@ def test_killed_at_random_moments(many: Path, tmp_path: Path) -> None:
     assert finish(start(main, arguments(many, tmp_path / "whole", *smaller), tmp_path / "log")) == 0
     seconds = time.monotonic() - began
     chance = random.Random(7)
-    for number in range(10):
+    for number in range(6):
         cut = arguments(many, tmp_path / f"cut{number}", *smaller)
         for _ in range(3):
             process = start(main, cut, tmp_path / "log")
