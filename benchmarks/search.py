@@ -22,6 +22,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def cut_out(networks: SCIO, group: int) -> SCIO:
 
 def search_all(networks: SCIO, scene: Scene, steps: int) -> Search:
     constraint = SelfConstraint(networks, scene.maps, scene.features)
-    return search_distal(constraint, scene.start, SEARCH, STRIDE, steps=steps)
+    return search_distal(constraint, scene.start, replace(SEARCH, steps=steps), STRIDE)
 
 
 def search_each(singles: list[SCIO], scene: Scene, steps: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from poserelay.datasets.coco import CocoAnnotations
 from poserelay.datasets.sampling import draw_generator
 from poserelay.datasets.topdown import TopDownDataset
+from poserelay.errors import CheckFailed
 from poserelay.geometry import apply_affine, box_to_affine
 from poserelay.heads import SCIO
 from poserelay.heatmaps import input_to_heatmap
@@ -23,8 +24,8 @@ PERSONS = 1000
 DISPLACED = (2.0, 6.0)
 """Heatmap pixels; 6 is as far as the search goes."""
 SEED = 0
-BLIND = 0.05
-"""Reliance under which a search is warned about."""
+BLIND = 0.1
+"""Reliance under which the search of a joint is warned about."""
 
 
 class Distal(NamedTuple):
@@ -175,7 +176,8 @@ def losses_at(
 ) -> np.ndarray:
     """Self-constraint loss `[P, N, G]` of the crops' N persons with their distal joints at P places `[P, N, G, 2]`.
 
-    places: heatmap pixels. Raises UnreadableImage for a picture that cannot be read.
+    places: heatmap pixels. Raises UnreadableImage for a picture that cannot be read, CheckFailed where a loss is not
+    finite.
     """
     device = next(model.parameters()).device
     networks = networks_of(model.eval())
@@ -184,20 +186,26 @@ def losses_at(
         maps, features = model.with_features(model.preprocess(batch.images.to(device)))
         constraint = SelfConstraint(networks, maps.float(), features.float())
         here = places[:, first : first + len(batch)].to(device)
-        losses.append(torch.stack([constraint.loss(xy) for xy in here]).cpu())
+        found = torch.stack([constraint.loss(xy) for xy in here]).cpu()
+        if not torch.isfinite(found).all():
+            raise CheckFailed(
+                "the verification networks' heatmaps hold NaN or infinity; the model's weights are damaged"
+            )
+        losses.append(found)
         first += len(batch)
     return torch.cat(losses, 1).double().numpy()
 
 
 def blindness(found: Mapping[str, Any] | None) -> str | None:
-    """A warning for the user who searches with networks that hardly read D; None where there is nothing to say."""
-    total = None if found is None else found["all"]["reliance"]
-    if total is None or total >= BLIND:
+    """A warning for the user who searches with networks that hardly read D, naming the joints; None: all is well."""
+    groups = {} if found is None else found["groups"]
+    blind = [name for name, its in groups.items() if its["reliance"] is not None and its["reliance"] < BLIND]
+    if not blind:
         return None
     return (
-        f"warning: the verification networks hardly read the distal joints (reliance {total:.3f}), so the search has "
-        "little to go by and may lead away from them; --decoding.scio.output learning leaves it out, and training with "
-        "--scio.perturb_distal teaches them"
+        f"warning: the verification networks hardly read {', '.join(blind)} (reliance under {BLIND}): a search of "
+        "these has little to go by and may lead away from them; --decoding.scio.output learning leaves the search out, "
+        "training with --scio.perturb_distal, or for longer with it, teaches the networks"
     )
 
 

@@ -31,9 +31,9 @@ from poserelay.drawing import OUTLINE, draw_poses
 from poserelay.errors import UserError
 from poserelay.geometry import apply_affine, box_to_affine, invert_affine
 from poserelay.heatmaps import heatmap_to_input, input_to_heatmap
-from poserelay.inference import crop_batches, decode_crops, forward_crops, protocol
+from poserelay.inference import crop_batches, decode_crops, forward_crops, protocol, self_constraint
 from poserelay.keypoints import Skeleton
-from poserelay.local_search import SelfConstraint, search_distal
+from poserelay.local_search import search_distal
 from poserelay.model import PoseModel, load_model
 from poserelay.run import write_atomic, write_json
 
@@ -231,7 +231,6 @@ def measure_batch(model: PoseModel, batch: CropBatch, persons: Persons, decoding
     sigmas = [model.skeleton.sigmas[joint] for joint in columns]
     frame, batch = Frame(model, batch), batch.to(device)
     maps = forward_crops(model, batch, with_output(decoding, "optimisation"))
-    assert maps.features is not None
     decoded = {
         "base": decode_crops(model, batch, maps._replace(learned=None), with_output(decoding, "base")),
         "learning": decode_crops(model, batch, maps, with_output(decoding, "learning")),
@@ -249,7 +248,7 @@ def measure_batch(model: PoseModel, batch: CropBatch, persons: Persons, decoding
         distance = np.linalg.norm(frame.to_image(xy) - persons.keypoints[:, columns], axis=-1)
         return joint_terms(distance, persons.areas, sigmas)[0]
 
-    constraint = SelfConstraint(networks, maps.maps, maps.features)
+    constraint = self_constraint(model, maps, decoding)
     begin = frame.to_heatmap(learned.keypoints.double().numpy())[:, columns]
     # By way of image pixels a peak at the map's edge comes back just outside, from where the search hardly moves.
     begin = placed(begin.clamp(torch.zeros(2), torch.tensor(model.heatmap_size[::-1]) - 1).numpy())

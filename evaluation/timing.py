@@ -216,9 +216,11 @@ def per_person(times: Sequence[Times], persons: int) -> dict[str, dict[str, floa
 
 def label(decoding: Decoding) -> str:
     """The refinement, and every other field that is not at its default: no two decodings share one."""
-    default = to_plain(Decoding())
-    given = {name: value for name, value in to_plain(decoding).items() if value != default[name] and name != "refine"}
-    return ", ".join([decoding.refine, *(f"{name} {value}" for name, value in given.items())])
+    plain, default = to_plain(decoding), to_plain(Decoding())
+    scio = {f"scio.{name}": (value, default["scio"][name]) for name, value in plain.pop("scio").items()}
+    fields = {name: (value, default[name]) for name, value in plain.items() if name != "refine"} | scio
+    given = [f"{name} {value}" for name, (value, usual) in fields.items() if value != usual]
+    return ", ".join([decoding.refine, *given])
 
 
 def networks(model: PoseModel | Ensemble) -> list[str]:

@@ -170,10 +170,12 @@ class FinetuneConfig:
         if self.scio.freeze_base and self.freeze_backbone:
             raise ValueError("freeze_backbone and scio.freeze_base are both given; the second freezes the backbone too")
         sigma = refiner.kwargs.get("sigma", 2.0)
-        if sigma != self.sigma:
+        # Another name, or a sigma that is no number, is told when the model is built.
+        if refiner.name == "scio" and type(sigma) in (int, float) and sigma != self.sigma:
+            default = "" if "sigma" in refiner.kwargs else " (its default)"
             raise ValueError(
-                f"model.refiner.kwargs.sigma is {sigma} and sigma {self.sigma}: the search renders Gaussians like "
-                "those of training; give both the same"
+                f"model.refiner.kwargs.sigma is {sigma}{default} and sigma {self.sigma}: the search renders Gaussians "
+                "like those of training; give both the same"
             )
 
     def _check_sources(self) -> None:

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from poserelay.batch import CropBatch
 from poserelay.checkpoint import (
+    InitReport,
     describe,
     init_from,
     load_best,
     load_resume,
+    read_export,
     restore_training,
     save_best,
     save_resume,
@@ -89,12 +92,33 @@ def main(config: FinetuneConfig) -> None:
     model = build_model(config.model, data.skeleton)
     if config.init_from:
         report = init_from(model, config.init_from)
-        if report.news:
-            fabric.print(f"not in {config.init_from}, initialised: {'; '.join(report.news)}", file=sys.stderr)
+        if config.scio.freeze_base:
+            check_frozen(config, report)
+        for line in report.lines(config.init_from):
+            fabric.print(line, file=sys.stderr)
     run = on_rank_zero(fabric, lambda: open_run(run_dir, "finetune", plain, config.resume))
     with running(run), watching_peers(fabric):
         on_rank_zero(fabric, lambda: write_labels(run_dir, data.labels))
         train(fabric, model, data, config, run, upstream)
+
+
+def check_frozen(config: FinetuneConfig, report: InitReport) -> None:
+    """Raise UserError unless the file of `init_from` is a whole model, which `scio.freeze_base` can leave as it is."""
+    path = str(config.init_from)
+    if not report.head_copied or report.joints_initialised:
+        lacks = "joints " + ", ".join(report.joints_initialised) if report.head_copied else "a head"
+        raise UserError(
+            f"scio.freeze_base: {path} lacks {lacks}, which would stay untrained; fine-tune it first, or leave "
+            "freeze_base out"
+        )
+    described = read_export(path)[1]
+    made = {"model.input.alignment": described["input"]["alignment"], "sigma": described["config"].get("sigma")}
+    asked = {"model.input.alignment": config.model.input.alignment, "sigma": config.sigma}
+    for name, found in made.items():
+        if found not in (None, asked[name]):
+            raise UserError(
+                f"scio.freeze_base: {path} has {name} {found}, this run {asked[name]}; set --{name} {found}"
+            )
 
 
 def load_data(config: FinetuneConfig) -> Data:
@@ -144,6 +168,15 @@ def load_data(config: FinetuneConfig) -> Data:
         sources["H"] = persons(everyone, config.data.images, detections=nobody, negative=True)
     if config.pseudo_labelled.annotations:
         sources["U"] = others("U", config.pseudo_labelled)
+    if config.model.refiner:
+        seen = np.concatenate([source.visibility > 0 for source in sources.values()])
+        unseen = [group.distal for group in skeleton.groups if not seen[:, skeleton.indices([group.distal])].any()]
+        if unseen and len(unseen) == len(skeleton.groups):
+            raise UserError(
+                f"{config.data.annotations}: nobody has a labelled distal joint ({', '.join(unseen)}), which the "
+                "networks of model.refiner are to learn; take a file that labels some, or set model.refiner to null"
+            )
+        notes += [f"warning: nobody has a labelled {joint}, so its group's networks learn nothing" for joint in unseen]
     return Data(skeleton, labels, sources, validation_persons(config.data, config.model, skeleton), notes)
 
 

@@ -181,8 +181,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
-            f"{source}: does not fit this model: {'; '.join(problems[:4])}{more}; use the same backbone and head, with "
-            "the same kwargs"
+            f"{source}: does not fit this model: {'; '.join(problems[:4])}{more}; use the same backbone, head and "
+            "refiner, with the same kwargs"
         )
     module.load_state_dict(dict(state))
 
@@ -199,6 +199,14 @@ class InitReport:
     """Whether the auxiliary decoder, which the file lacks, starts from the initialisation."""
     refiner_initialised: bool = False
     """Whether SCIO's networks, which the file lacks or has for other groups, start from the initialisation."""
+
+    refiner_left: bool = False
+    """Whether the file has networks of a refiner, and the model none."""
+
+    def lines(self, path: str | Path) -> list[str]:
+        """What a stage says at its start of the file that it starts from."""
+        told = [f"not in {path}, initialised: {'; '.join(self.news)}"] if self.news else []
+        return told + [f"of {path} left out: the networks of model.refiner"] * self.refiner_left
 
     @property
     def news(self) -> list[str]:
@@ -267,6 +275,7 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
         joints_initialised=missing,
         auxiliary_initialised=wanted and not trained,
         refiner_initialised=refiner is not None and not same_groups,
+        refiner_left=refiner is None and bool(parts["refiner"]),
     )
 
 

@@ -22,7 +22,7 @@ from .datasets.topdown import CropRecord, TopDownDataset, collate, warp
 from .errors import CheckFailed, UnreadableImage
 from .geometry import apply_affine, box_to_affine, invert_affine
 from .heads import SCIO
-from .local_search import SelfConstraint, search_distal
+from .local_search import BothCrops, SelfConstraint, mirror_groups, search_distal
 from .scoring import order_of_file, sigma_source
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class CropMaps(NamedTuple):
     learned: Tensor | None
     """`maps` with the distal joints' as SCIO's prediction networks have them (Eq. 3), where they are asked."""
     learned_mirrored: Tensor | None
+    features_mirrored: Tensor | None
 
 
 class Decoded(NamedTuple):
@@ -126,8 +127,8 @@ def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decod
         return maps.float(), features.float(), learned.float()
 
     maps, features, learned = maps_of(images)
-    mirrored, _, learned_mirrored = maps_of(images.flip(-1)) if decoding.flip else (None, None, None)
-    return CropMaps(maps, mirrored, features, learned, learned_mirrored)
+    mirrored, features_mirrored, learned_mirrored = maps_of(images.flip(-1)) if decoding.flip else (None, None, None)
+    return CropMaps(maps, mirrored, features, learned, learned_mirrored, features_mirrored)
 
 
 @torch.inference_mode()
@@ -149,8 +150,11 @@ def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps,
     xy, scores = peaks(found.maps, found.mirrored)
     verification = None
     if found.learned is not None and model.refiner is not None:
-        learned = peaks(found.learned, found.learned_mirrored, model.refiner.distal)
-        xy, scores, verification = _refine_distal(model, found, found.features, (xy, scores), learned, decoding)
+        # A distal joint whose mirror image is in no group has no map in the mirrored crop to be averaged with.
+        paired = mirror_groups(model.refiner, model.skeleton.flip_index) is not None
+        mirrored = found.learned_mirrored if paired else None
+        learned = peaks(found.learned, mirrored, model.refiner.distal)
+        xy, scores, verification = _refine_distal(model, found, (xy, scores), learned, decoding)
     xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
     # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
     keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())
@@ -165,39 +169,54 @@ def chosen_distal(networks: SCIO, scores: Tensor, config: DistalJoints) -> Tenso
     return confident if config.below is None else confident & (scores[:, networks.distal] < config.below)
 
 
+def self_constraint(
+    model: PoseModel, found: CropMaps, decoding: Decoding, persons: Tensor | slice = slice(None)
+) -> SelfConstraint | BothCrops:
+    """The loss that the search lowers, of the crops `persons` of a batch: with `decoding.flip` over their mirror images
+    too, where the mirror image of every group is a group."""
+    networks = model.refiner
+    assert networks is not None
+    dtype = networks.verification.to_heatmap.weight.dtype
+
+    def of(maps: Any, features: Any) -> SelfConstraint:
+        return SelfConstraint(networks, maps[persons].to(dtype), features[persons].to(dtype))
+
+    mirror = None if found.mirrored is None else mirror_groups(networks, model.skeleton.flip_index)
+    if mirror is None:
+        return of(found.maps, found.features)
+    shift = flip_shift(decoding, model.input.alignment, model.stride)
+    return BothCrops(of(found.maps, found.features), of(found.mirrored, found.features_mirrored), mirror, shift)
+
+
 def _refine_distal(
-    model: Any,
-    found: CropMaps,
-    features: Any,
-    base: tuple[Tensor, Tensor],
-    learned: tuple[Tensor, Tensor],
-    decoding: Decoding,
+    model: Any, found: CropMaps, base: tuple[Tensor, Tensor], learned: tuple[Tensor, Tensor], decoding: Decoding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joints `[B, K, 2]` in heatmap pixels, their scores and verification scores `[B, K]`, after SCIO.
 
     base: the head's joints and scores, `[B, K, 2]` and `[B, K]`; learned: the distal ones of the prediction networks,
-    `[B, G, 2]` and `[B, G]`.
-    The search looks at the crop as it is: its loss compares what the networks say of one picture.
+    `[B, G, 2]` and `[B, G]`. Raises CheckFailed where a verification network's answer is not finite.
     """
-    networks, distal = model.refiner, model.refiner.distal
+    distal = model.refiner.distal
     (xy, scores), (learned_xy, learned_scores) = base, learned
     xy, scores = xy.clone(), scores.clone()
-    chosen = chosen_distal(networks, scores, decoding.scio)  # [B, G]
+    chosen = chosen_distal(model.refiner, scores, decoding.scio)  # [B, G]
     verification = torch.full_like(scores, float("nan"))
     persons = chosen.any(1).nonzero()[:, 0]
     if not len(persons):
         return xy, scores, verification
-    constraint = SelfConstraint(networks, found.maps[persons], features[persons])
+    constraint = self_constraint(model, found, decoding, persons)
     ends = learned_xy[persons]
     if decoding.scio.output == "optimisation":
         ends = search_distal(constraint, ends, decoding.scio, model.stride).xy
-    verified = constraint.score(ends)
+    verified = constraint.score(ends).to(scores)
+    if not torch.isfinite(verified).all():
+        raise CheckFailed("the verification networks' heatmaps hold NaN or infinity; the model's weights are damaged")
     heights = learned_scores[persons]
     if decoding.scio.confidence == "verification":
         heights = heights * verified
     rows, groups = chosen[persons].nonzero(as_tuple=True)
     persons, joints = persons[rows], distal[groups]
-    xy[persons, joints] = ends[rows, groups]
+    xy[persons, joints] = ends[rows, groups].to(xy)
     scores[persons, joints] = heights[rows, groups]
     verification[persons, joints] = verified[rows, groups]
     return xy, scores, verification

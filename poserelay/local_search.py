@@ -6,7 +6,7 @@ Eq. numbers are the paper's; readings SCIO 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,8 @@ def local_search(
 
     A point takes a step where that lowers its loss by more than MARGIN and stays within `radius` of its start, and
     goes on in that direction; else it stays and turns by TURN. The first direction is x. A loss that is not finite is
-    never gone to.
+    never gone to, and a start whose loss is NaN stays. A lowest place beyond `radius`, or off the map, is not
+    approached along the border.
 
     Args:
         loss: from points `[..., 2]` to their losses `[...]`; a point's may depend on nothing but that point.
@@ -119,21 +120,55 @@ class SelfConstraint:
         found = self.verified(xy)
         overlap = 2 * (self.target * found).sum((-2, -1))
         energy = (self.target.square() + found.square()).sum((-2, -1))
-        return torch.where(energy > 0, overlap / energy.clamp(min=1e-30), 0).clamp(0, 1)
+        return (overlap / energy.clamp(min=1e-30)).clamp(0, 1)
 
 
-def search_distal(
-    constraint: SelfConstraint, start: Tensor, config: DistalJoints, stride: float, *, steps: int | None = None
-) -> Search:
+class BothCrops:
+    """`SelfConstraint` of crops and their mirror images, averaged: what the flip test is to heatmaps.
+
+    Args:
+        crops: as they are.
+        mirrored: the mirrored ones, from the networks' answers to them.
+        mirror: for each group the one that its joints make in the mirror, `[G]`.
+        shift: of the mirrored heatmaps, heatmap pixels (`heatmaps.flip_back`).
+    """
+
+    def __init__(self, crops: SelfConstraint, mirrored: SelfConstraint, mirror: Tensor, shift: float) -> None:
+        self.target = crops.target
+        self._crops, self._mirrored, self._mirror = crops, mirrored, mirror
+        self._last = crops.target.shape[-1] - 1 + shift
+
+    def _in_mirror(self, xy: Tensor) -> Tensor:
+        return torch.stack((self._last - xy[..., 0], xy[..., 1]), -1)[:, self._mirror]
+
+    def loss(self, xy: Tensor) -> Tensor:
+        """The mean loss `[B, G]` for distal joints at `[B, G, 2]` in the heatmap pixels of the crops as they are."""
+        return (self._crops.loss(xy) + self._mirrored.loss(self._in_mirror(xy))[:, self._mirror]) / 2
+
+    def score(self, xy: Tensor) -> Tensor:
+        """The mean verification score in 0..1, `[B, G]`."""
+        return (self._crops.score(xy) + self._mirrored.score(self._in_mirror(xy))[:, self._mirror]) / 2
+
+
+def mirror_groups(networks: SCIO, flip_index: Sequence[int]) -> Tensor | None:
+    """For each group the one that its joints make in the mirror, `[G]`; None where one makes none."""
+    groups = networks.get_buffer("joints").tolist()
+    mirrored = [[flip_index[joint] for joint in group] for group in groups]
+    if not all(group in groups for group in mirrored):
+        return None
+    return torch.tensor([groups.index(group) for group in mirrored], device=networks.distal.device)
+
+
+def search_distal(constraint: SelfConstraint | BothCrops, start: Tensor, config: DistalJoints, stride: float) -> Search:
     """`local_search` of the distal joints from `start` `[B, G, 2]`, heatmap pixels, on the map.
 
-    stride: input pixels per heatmap pixel. steps: instead of those of `config`.
+    stride: input pixels per heatmap pixel.
     """
     height, width = constraint.target.shape[-2:]
     return local_search(
         constraint.loss,
         start,
-        steps=config.steps if steps is None else steps,
+        steps=config.steps,
         step=config.step / stride if config.unit == "input" else config.step,
         radius=config.radius,
         low=start.new_zeros(2),

@@ -81,8 +81,8 @@ def main(config: SemiConfig) -> None:
     networks = [build_model(config.model, data.skeleton) for _ in range(2 if config.teacher.name == "dual" else 1)]
     for number, network in enumerate(networks if config.init_from else []):
         report = init_from(network, str(config.init_from))
-        if report.news:
-            fabric.print(f"not in {config.init_from}, initialised: {'; '.join(report.news)}", file=sys.stderr)
+        for line in report.lines(str(config.init_from)):
+            fabric.print(line, file=sys.stderr)
         if number and report.head_copied:
             same_start(config)
     if trained:

@@ -25,7 +25,7 @@ from poserelay.errors import CheckFailed, UserError
 from poserelay.heads.scio import SCIO, GroupNetworks
 from poserelay.inference import Poses, predict_batches, predict_crops, suppress, to_results
 from poserelay.keypoints import Group, Skeleton, load_skeleton, packaged_skeletons
-from poserelay.local_search import SelfConstraint, local_search, search_distal
+from poserelay.local_search import BothCrops, SelfConstraint, local_search, mirror_groups, search_distal
 from poserelay.model import PoseModel, build_model, load_model
 
 GROUPS = ((0, 1, 2, 6), (3, 2, 1, 7), (5, 4, 0, 8))
@@ -411,7 +411,7 @@ def test_where_the_networks_say_that_a_is_where_d_is_the_search_ends_at_a(unit: 
     assert float(moves.max()) == pytest.approx(length)
     left = np.linalg.norm(found.xy.numpy()[:, 0] - truth, axis=-1)
     assert (left <= length).mean() >= 0.95
-    assert len(search_distal(constraint, start, DistalJoints(), stride=4.0, steps=3).losses) == 4
+    assert len(search_distal(constraint, start, DistalJoints(steps=3), stride=4.0).losses) == 4
 
 
 @torch.no_grad()
@@ -583,9 +583,48 @@ def constraint_of(
     return losses, scores.clip(0)
 
 
+def mean_constraint(model: PoseModel, batch: CropBatch, xy: np.ndarray, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`constraint_of` the crops and, with `flip`, its mean with their mirror images': sides exchanged, 15.75 - x."""
+    maps, _, features = naive_maps(model, batch)
+    own = constraint_of(model, maps, features, xy)
+    if not flip:
+        return own
+    maps, _, features = naive_maps(model, replace(batch, images=batch.images.flip(-1)))
+    other_side = [1, 0, 3, 2, 5, 4]  # of the groups: arms, legs, ears
+    turned = np.stack((15.75 - xy[..., 0], xy[..., 1]), -1)[:, other_side]
+    mirrored = constraint_of(model, maps, features, turned)
+    loss, score = ((one + two[:, other_side]) / 2 for one, two in zip(own, mirrored, strict=True))
+    return loss, score
+
+
+def test_both_crops_change_places() -> None:
+    """The mean over a crop and its mirror image is that over the mirror image and its own, at the mirrored place."""
+    made, (maps, features) = networks(), inputs()
+    one, two = (SelfConstraint(made, maps + shift, features) for shift in (0.0, 0.3))
+    mirror = torch.tensor([1, 0, 2])
+    xy = 2 + 8 * torch.rand(len(maps), 3, 2, dtype=maps.dtype, generator=torch.Generator().manual_seed(0))
+    pair, exchanged = BothCrops(one, two, mirror, 0.75), BothCrops(two, one, mirror, 0.75)
+    turned = torch.stack((maps.shape[-1] - 0.25 - xy[..., 0], xy[..., 1]), -1)[:, mirror]
+    assert torch.allclose(pair.loss(xy), exchanged.loss(turned)[:, mirror], atol=1e-12)
+    assert torch.allclose(pair.score(xy), exchanged.score(turned)[:, mirror], atol=1e-12)
+    assert not torch.allclose(pair.loss(xy), one.loss(xy))
+
+
+def test_mirror_groups() -> None:
+    """By the joints' sides; None where a group has no mirror image among the groups."""
+    flip = COCO.flip_index
+    groups = [COCO.indices((*group.proximal, group.distal)) for group in COCO.groups]
+    found = mirror_groups(SCIO(4, groups, width=2), flip)
+    assert found is not None
+    assert found.tolist() == [1, 0, 3, 2, 5, 4]
+    half = SCIO(4, groups[::2], width=2)
+    assert mirror_groups(half, flip) is None
+    assert mirror_groups(half, range(17)) is not None
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_optimisation_goes_on_from_there(flip: bool) -> None:
-    """Within the radius, to a lower loss of the crop as it is, and says how well it is verified."""
+    """Within the radius, to a lower loss, and says how well it is verified; with `flip` in the mirrored crop too."""
     model, batch = pose_model(), crops(4)
     learned = predict_crops(model, batch, decoding("learning", flip=flip))
     found = predict_crops(model, batch, decoding("optimisation", flip=flip, radius=2.5, step=0.5, unit="heatmap"))
@@ -597,9 +636,8 @@ def test_optimisation_goes_on_from_there(flip: bool) -> None:
     assert after.max() <= 15
     assert torch.equal(found.keypoints[:, OTHERS], learned.keypoints[:, OTHERS])
     assert torch.equal(found.scores, learned.scores)
-    maps, _, features = naive_maps(model, batch)
-    first, _ = constraint_of(model, maps, features, before)
-    last, score = constraint_of(model, maps, features, after)
+    first, _ = mean_constraint(model, batch, before, flip)
+    last, score = mean_constraint(model, batch, after, flip)
     moved = distance > 0.4
     assert (last[moved] < first[moved]).all()
     assert found.verification is not None
@@ -823,3 +861,13 @@ def test_networks_of_another_width_are_refused(tmp_path: Path) -> None:
     wider = pose_model(refiner=Named("scio", {**REFINER.kwargs, "width": 5}))
     with pytest.raises(UserError, match=r"does not fit this model: .*expected \[30"):
         init_from(wider, file)
+
+
+def test_damaged_verification_networks_are_refused() -> None:
+    model, batch = pose_model(), crops(2)
+    assert model.refiner is not None
+    model.refiner.verification.to_heatmap.weight.data[0] = torch.nan
+    assert predict_crops(model, batch, decoding("base")).verification is None
+    for output in ("learning", "optimisation"):
+        with pytest.raises(CheckFailed, match="verification networks' heatmaps hold NaN"):
+            predict_crops(model, batch, decoding(output))

@@ -27,7 +27,7 @@ from finetune.structural import (
     set_side,
     side_of,
 )
-from poserelay.checkpoint import read_export
+from poserelay.checkpoint import read_export, write_export
 from poserelay.config import Named
 from poserelay.heads.scio import SCIO
 from poserelay.model import PoseModel, build_model
@@ -310,7 +310,7 @@ def test_groups_that_cannot_be_end_the_start(
     [
         (finetune, finetune_arguments, ("--scio.norm", "l2"), "scio has fields, but model.refiner is null"),
         (finetune, finetune_arguments, (*REFINER, "--scio.freeze_base", "true"), "scio.freeze_base needs init_from"),
-        (finetune, finetune_arguments, (*REFINER, "--sigma", "3"), "model.refiner.kwargs.sigma is 2.0 and sigma 3.0"),
+        (finetune, finetune_arguments, (*REFINER, "--sigma", "3"), "kwargs.sigma is 2.0 (its default) and sigma 3.0"),
         (finetune, finetune_arguments, (*REFINER, "--scio.weight", "-1"), "scio.weight is -1"),
         (finetune, finetune_arguments, (*REFINER, "--decoding.scio.step", "0"), "decoding.scio.step is 0"),
         (finetune, finetune_arguments, (*REFINER, "--decoding.scio.radius", "-1"), "decoding.scio.radius is -1"),
@@ -340,3 +340,51 @@ def test_fields_that_do_not_go_together(
     assert says in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_cannot_be_left_as_it_is(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backbone alone, joints that the file lacks, another alignment or sigma: refused before anything is written."""
+    once = ("--optim.epochs", "1", "--optim.drops", "[]")
+    assert finetune(finetune_arguments(people, tmp_path / "base", *once)) == 0
+    whole = tmp_path / "base/export/model.safetensors"
+    state, described = read_export(whole)
+    backbone = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    write_export(tmp_path / "backbone.safetensors", backbone, {**described, "skeleton": None, "head": None})
+    joints = [joint.replace("left_ear", "left_antler") for joint in COCO.joints]
+    deer = {"name": "deer", "joints": joints, "flip_pairs": [], "sigmas": list(COCO.sigmas)}
+    write_export(tmp_path / "deer.safetensors", state, {**described, "skeleton": deer})
+    for file, more, says in (
+        (tmp_path / "backbone.safetensors", (), "lacks a head"),
+        (tmp_path / "deer.safetensors", (), "lacks joints left_ear"),
+        (whole, ("--model.input.alignment", "udp"), "has model.input.alignment hrnet, this run udp"),
+        (whole, ("--sigma", "1", "--model.refiner", "{name: scio, kwargs: {sigma: 1}}"), "has sigma 2.0, this run 1.0"),
+    ):
+        asked = [*REFINER, "--scio.freeze_base", "true", "--init_from", str(file), *more]
+        assert finetune(finetune_arguments(people, tmp_path / "run", *asked)) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_nobody_with_a_distal_joint(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads((people / "annotations.json").read_text())
+    distal = [COCO.joints.index(group.distal) for group in COCO.groups]
+    for kept in ([], [distal[-1]]):
+        for person in data["annotations"]:
+            triples = np.array(person["keypoints"]).reshape(-1, 3)
+            triples[[joint for joint in distal if joint not in kept]] = 0
+            person["keypoints"] = triples.flatten().tolist()
+        (tmp_path / "truth.json").write_text(json.dumps(data))
+        if kept:
+            break
+        more = ("--data.annotations", str(tmp_path / "truth.json"))
+        assert finetune(finetune_arguments(people, tmp_path / "run", *REFINER, *more)) == 2
+        message = capsys.readouterr().err
+        assert f"{tmp_path / 'truth.json'}: nobody has a labelled distal joint (left_wrist, " in message
+        assert not (tmp_path / "run").exists()
+        data = json.loads((people / "annotations.json").read_text())
+    more = ("--data.annotations", str(tmp_path / "truth.json"), "--optim.epochs", "1", "--optim.drops", "[]")
+    assert finetune(finetune_arguments(people, tmp_path / "run", *REFINER, *more)) == 0
+    message = capsys.readouterr().err
+    assert "warning: nobody has a labelled left_wrist" in message
+    assert "labelled right_ear" not in message
+    assert "warning: one epoch trains the prediction networks alone" in message
