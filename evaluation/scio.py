@@ -459,7 +459,7 @@ def draw_correlation(
                 rasterized=True,
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:.0e}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("self-constraint loss")
