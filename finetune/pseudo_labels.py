@@ -65,7 +65,8 @@ def main(config: PseudoLabelsConfig) -> dict[str, Any]:
         "persons_per_picture": persons_per_picture,
         "box_threshold": threshold,
         "joint_threshold": config.joint_threshold,
-        "decoding": to_plain(config.decoding),
+        # What is said of SCIO counts where its networks are asked.
+        "decoding": {n: v for n, v in to_plain(config.decoding).items() if n != "scio" or models.refiner is not None},
     }
     device = start(config.device, "fp32", config.threads).device
     dataset, unreadable = readable_persons(config, images, detections, models)

@@ -255,7 +255,8 @@ def test_the_start_says_what_is_mixed_and_the_hand_off_names_no_path(
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["main_loss"] + 0.5 * row["auxiliary_loss"])
+        scio = [row.get(f"{part}_loss", 0) for part in ("prediction", "verification", "displaced")]
+        assert row["loss"] == pytest.approx(row["main_loss"] + 0.5 * row["auxiliary_loss"] + sum(scio))
     assert {row["lr"] for row in rows} == {1e-3, 1e-4}
     # The exported auxiliary decoder goes on to the next stage, and a resumed command finds the run done.
     assert finetune(arguments) == 0
