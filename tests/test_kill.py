@@ -79,7 +79,7 @@ def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, work
     seconds = time.monotonic() - began
     chance = random.Random(7)
     cut = arguments(people, tmp_path / "cut", *epochs)
-    for _ in range(6):
+    for _ in range(4):
         process = start(main, cut, tmp_path / "log")
         time.sleep(chance.uniform(0.02, 0.8 * seconds))
         kill(process)
