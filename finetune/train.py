@@ -85,9 +85,9 @@ def main(config: FinetuneConfig) -> None:
         return
     upstream = upstream_of(config.init_from) if config.init_from else None
     data = load_data(config)
-    refines = config.model.refiner is not None
     # The side whose turn it is not has no gradients, whatever DDP was told when it was set up.
-    fabric = start(config.device, config.precision, config.threads, unused_parameters=refines)
+    by_turns = config.model.refiner is not None
+    fabric = start(config.device, config.precision, config.threads, unused_parameters=by_turns)
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.skeleton)
     if config.init_from:
@@ -301,21 +301,23 @@ def training_step(
         displaced = displace(true, size, config.sigma, config.scio.perturb_distal, generator)
     found = network(model.preprocess(batch.images), side, None if displaced is None else displaced.distal)
     main = joints_mse(found.maps.float(), targets, weight)  # HRNet's half of Eq. 8, which Adam does not see
-    weighted = [] if config.scio.freeze_base else [(1.0, "main_loss")]
     parts = {"main_loss": main}
+    factors = {
+        "main_loss": 0.0 if config.scio.freeze_base else 1.0,
+        "auxiliary_loss": config.auxiliary_weight,  # CCM's Eq. 9
+        f"{side}_loss": config.scio.weight,
+        "displaced_loss": config.scio.weight,
+    }
     if found.auxiliary is not None:
         maps = found.auxiliary.float()
         parts["auxiliary_loss"] = auxiliary_loss(maps, batch, model, config.sigma, quantize=config.quantize)
-        weighted.append((config.auxiliary_weight, "auxiliary_loss"))  # CCM's Eq. 9
     if found.loop is not None and model.refiner:
         loop = Loop(found.loop.distal.float(), found.loop.verified.float())
         parts[f"{side}_loss"] = constraint_loss(loop, model.refiner, targets, weight, config.scio.norm)
-        weighted.append((config.scio.weight, f"{side}_loss"))
     if displaced is not None and model.refiner:
         maps = found.displaced.float()
         parts["displaced_loss"] = displaced_loss(maps, displaced.share, model.refiner, targets, weight)
-        weighted.append((config.scio.weight, "displaced_loss"))
-    loss = sum((factor * parts[name] for factor, name in weighted[1:]), start=weighted[0][0] * parts[weighted[0][1]])
+    loss = sum((factors[name] * part for name, part in parts.items()), start=torch.zeros_like(main))
     optimizer.zero_grad()
     fabric.backward(loss)
     optimizer.step()

@@ -152,11 +152,10 @@ class BothCrops:
 
 def mirror_groups(networks: SCIO, flip_index: Sequence[int]) -> Tensor | None:
     """For each group the one that its joints make in the mirror, `[G]`; None where one makes none."""
-    groups = networks.get_buffer("joints").tolist()
-    mirrored = [[flip_index[joint] for joint in group] for group in groups]
-    if not all(group in groups for group in mirrored):
+    mirrored = [[flip_index[joint] for joint in group] for group in networks.groups]
+    if not all(group in networks.groups for group in mirrored):
         return None
-    return torch.tensor([groups.index(group) for group in mirrored], device=networks.distal.device)
+    return torch.tensor([networks.groups.index(group) for group in mirrored], device=networks.distal.device)
 
 
 def search_distal(constraint: SelfConstraint | BothCrops, start: Tensor, config: DistalJoints, stride: float) -> Search:

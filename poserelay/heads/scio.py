@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,26 +69,18 @@ class GroupNetworks(nn.Module):
 
     def without_last(self, heatmaps: Tensor, context: Tensor) -> Tensor:
         """The sum before the first batch norm for the first two heatmaps `[B, G, 2, h, w]` alone."""
-        dilation = self.of_heatmaps.dilation
-        return context + nn.functional.conv2d(
-            heatmaps.flatten(1, 2),
-            self.of_heatmaps.weight[:, :2],
-            padding=dilation,  # pyright: ignore[reportArgumentType]
-            dilation=dilation,
-            groups=self.groups,
-        )
+        return context + self._of_some(heatmaps.flatten(1, 2), slice(2))
 
     def with_last(self, last: Tensor, rest: Tensor) -> Tensor:
         """`forward` from the third heatmap of each group, `[B, G, h, w]`, and `without_last` of the first two."""
-        dilation = self.of_heatmaps.dilation
-        moved = nn.functional.conv2d(
-            last,
-            self.of_heatmaps.weight[:, 2:],
-            padding=dilation,  # pyright: ignore[reportArgumentType]
-            dilation=dilation,
-            groups=self.groups,
+        return self.to_heatmap(self.layers(self._of_some(last, slice(2, 3)).add_(rest)))
+
+    def _of_some(self, heatmaps: Tensor, which: slice) -> Tensor:
+        """`of_heatmaps` of some of each group's three."""
+        layer: Any = self.of_heatmaps
+        return nn.functional.conv2d(
+            heatmaps, layer.weight[:, which], padding=layer.padding, dilation=layer.dilation, groups=self.groups
         )
-        return self.to_heatmap(self.layers(moved.add_(rest)))
 
 
 class SCIO(nn.Module):
@@ -128,8 +121,9 @@ class SCIO(nn.Module):
         if not dilations or min(dilations) < 1:
             raise UserError(f"model.refiner: dilations is {list(dilations)}; give at least one, each 1 or more")
         self.sigma = sigma
+        self.groups = [list(group) for group in groups]
         # Fixed by the skeleton, so not among the weights.
-        self.register_buffer("joints", torch.tensor(groups), persistent=False)
+        self.register_buffer("joints", torch.tensor(self.groups), persistent=False)
 
         def networks() -> GroupNetworks:
             return GroupNetworks(
