@@ -35,7 +35,7 @@ from poserelay.keypoint_embeddings import (
     visible_joints,
 )
 from poserelay.keypoints import Skeleton, match_joints
-from poserelay.model import PoseModel, load_model
+from poserelay.model import PoseModel, load_top_down
 from poserelay.run import write_atomic, write_json
 
 from .config import EmbeddingsConfig
@@ -81,7 +81,7 @@ def main(config: EmbeddingsConfig) -> dict[str, Any]:
     """
     hashes = [verify_handoff(path) for path in config.checkpoints]
     annotations = read_coco(config.annotations)
-    models = [load_model(path) for path in config.checkpoints]
+    models = [load_top_down(path) for path in config.checkpoints]
     skeleton = common_skeleton(models, config.checkpoints, annotations)
     datasets = [crops_for(model, annotations, config.images, skeleton) for model in models]
     rows, taken, outside = choose_joints(datasets, config)

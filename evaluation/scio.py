@@ -27,7 +27,7 @@ from poserelay.geometry import apply_affine, invert_affine
 from poserelay.heatmaps import heatmap_to_input, input_to_heatmap
 from poserelay.inference import crop_batches, decode_crops, forward_crops, protocol, self_constraint
 from poserelay.local_search import search_distal
-from poserelay.model import PoseModel, load_model
+from poserelay.model import PoseModel, load_top_down
 from poserelay.run import write_atomic, write_json
 
 from .config import ScioConfig
@@ -105,7 +105,7 @@ def main(config: ScioConfig) -> dict[str, Any]:
     are not finite.
     """
     sha256 = verify_handoff(config.checkpoint)
-    model = load_model(config.checkpoint)
+    model = load_top_down(config.checkpoint)
     if model.refiner is None:
         raise UserError(
             f"{config.checkpoint}: carries no SCIO networks; give a model that was fine-tuned with model.refiner scio"

@@ -13,6 +13,7 @@ from evaluation.config import (
     TimingConfig,
     VisualizeConfig,
 )
+from finetune.cir_config import CIRConfig
 from finetune.config import FinetuneConfig
 from finetune.pseudo_labels_config import PseudoLabelsConfig
 from poserelay.config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, PrepareConfig, SelectConfig
@@ -47,6 +48,7 @@ COMMANDS = {
     "pretrain linear": Command(LinearConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "semi": Command(SemiConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "finetune": Command(FinetuneConfig, "run_dir", "", EXPORT, "done.json", trains=True),
+    "finetune cir": Command(CIRConfig, "run_dir", "", EXPORT, "done.json", trains=True),
     "finetune pseudo-labels": Command(
         PseudoLabelsConfig, "out", "annotations.json", "annotations.json", "annotations.json"
     ),

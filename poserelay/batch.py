@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Batch = TypeVar("Batch", "CropBatch", "ImageBatch", "PyramidBatch")
 
 
 @dataclass
@@ -40,12 +43,78 @@ class CropBatch:
 
     def to(self, device: torch.device | str) -> CropBatch:
         """The batch with its tensors on `device`; asynchronous from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> CropBatch:
         """The batch with its tensors in pinned memory; called by DataLoader."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return _map(self, lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> CropBatch:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+@dataclass
+class ImageBatch:
+    """B square crops of whole images, each with up to S persons of K joints and up to R regions."""
+
+    images: Tensor
+    """`[B, 3, H, W]` uint8, RGB; black beyond the image."""
+    keypoints: Tensor
+    """`[B, S, K, 2]` float32, input pixels, also beyond the crop; 0 where the visibility is 0."""
+    visibility: Tensor
+    """`[B, S, K]` int64: 0 not labelled, 1 hidden, 2 visible. A slot without a labelled joint holds no person."""
+    areas: Tensor
+    """`[B, S]` float32, input pixels squared."""
+    regions: Tensor
+    """`[B, R, 4]` float32 xywh, image pixels: crowds and persons without labels, neither persons nor background. Empty
+    slots have no area."""
+    affine: Tensor
+    """`[B, 2, 3]` float32, image -> input pixels."""
+    image_ids: list[int]
+    replaced: list[str] = field(default_factory=list)
+    """One message for each unreadable picture that another stands in for."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The batch with its tensors on `device`; asynchronous from pinned memory."""
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ImageBatch:
+        """The batch with its tensors in pinned memory; called by DataLoader."""
+        return _map(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass
+class PyramidBatch:
+    """B whole images, each at the scales of `config.WholeImages`."""
+
+    images: list[Tensor]
+    """For each scale `[B, 3, H, W]` uint8, RGB; black beyond the image."""
+    affine: list[Tensor]
+    """For each scale `[B, 2, 3]` float64, image -> input pixels."""
+    sizes: Tensor
+    """`[B, 2]` float64, (height, width) of the images, image pixels."""
+    image_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device | str) -> PyramidBatch:
+        """The batch with its tensors on `device`; asynchronous from pinned memory."""
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PyramidBatch:
+        """The batch with its tensors in pinned memory; called by DataLoader."""
+        return _map(self, lambda tensor: tensor.pin_memory())
+
+
+def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with `function` of each of its tensors, those in lists too."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return [function(tensor) for tensor in value]
+        return value
+
+    return replace(batch, **{entry.name: mapped(getattr(batch, entry.name)) for entry in fields(batch)})

@@ -112,15 +112,34 @@ class DistalJoints:
 
 
 @dataclass(frozen=True)
+class WholeImages:
+    """How a single-stage model (head cir) finds the persons of an image; other models have no use for it."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Short sides that the image is seen at, as factors on the model's input; score maps are averaged, and so are
+    poses, by their scores. The multi-scale rows have [0.5, 1, 2]; the first one's map is searched for peaks."""
+    max_poses: int = 30
+    """Highest peaks of an image that are kept before the NMS."""
+    score_threshold: float = 0.01
+    """Peaks that are lower are left out."""
+
+    def __post_init__(self) -> None:
+        ranges = {"max_poses": (1, 10_000), "score_threshold": (-math.inf, math.inf)}
+        check_ranges(self, ranges, "decoding.whole.")
+        if not self.scales or len(set(self.scales)) < len(self.scales) or not all(0 < s <= 8 for s in self.scales):
+            raise ValueError(f"decoding.whole.scales is {list(self.scales)}, expected factors in 0..8, each once")
+
+
+@dataclass(frozen=True)
 class Decoding:
-    """From heatmaps to scored poses."""
+    """From heatmaps, or the maps of a single-stage model, to scored poses."""
 
     refine: Literal["none", "quarter", "parabola", "paraboloid", "dark"] = "quarter"
     """Sub-pixel rule after the argmax; dark is meant for maps with a blur."""
     blur: float = 0.0
     """Sigma of the Gaussian filter before the argmax, heatmap pixels; 0 is off."""
     flip: bool = True
-    """Average with the heatmaps of the mirrored crop."""
+    """Average with the maps of the mirrored crop, or of the mirrored image."""
     flip_shift: float | None = None
     """Shift of the mirrored heatmaps, heatmap pixels; null: the exact alignment (1 - 1/stride, or 0 for udp)."""
     rescore_threshold: float = 0.2
@@ -131,11 +150,38 @@ class Decoding:
     nms_threshold: float = 0.9
     """hard, fuse: OKS above which the lower-scored pose is dropped; soft: scores fall by exp(-OKS^2 / this)."""
     scio: DistalJoints = field(default_factory=DistalJoints)
+    whole: WholeImages = field(default_factory=WholeImages)
 
     def __post_init__(self) -> None:
         check_ranges(self, {"blur": (0, 100), "rescore_threshold": (0, math.inf), "nms_threshold": (0, 1)}, "decoding.")
         if self.flip_shift is not None:
             check_ranges(self, {"flip_shift": (0, 1)}, "decoding.")
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Augmentation of a whole image that is cropped to the input's size (CIR, Experimental Setup)."""
+
+    rotation: float = 30.0
+    """Largest angle to either side, degrees; uniform."""
+    scale: tuple[float, float] = (0.75, 1.5)
+    """Least and largest factor on the region that fills the crop, a square of the image's short side at 1 (as in DEKR's
+    code: above 1 persons get smaller); uniform."""
+    shift: float = 40.0
+    """Largest shift in x and in y, input pixels; uniform."""
+    flip_probability: float = 0.5
+    """Share of the images that are mirrored."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strengths of brightness, contrast, saturation (factors 1 - strength .. 1 + strength) and hue (a turn of -strength
+    .. strength of the full circle), applied in random order; the paper names colour jitter without strengths."""
+
+    def __post_init__(self) -> None:
+        ranges = {"rotation": (0, 180), "shift": (0, math.inf), "flip_probability": (0, 1)}
+        check_ranges(self, ranges, "augmentation.")
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"augmentation.scale is {list(self.scale)}, expected two factors above 0 in rising order")
+        if not all(0 <= strength <= 1 for strength in self.jitter) or self.jitter[3] > 0.5:
+            raise ValueError(f"augmentation.jitter is {list(self.jitter)}, expected strengths in 0..1, of hue to 0.5")
 
 
 @dataclass(frozen=True)
@@ -242,7 +288,8 @@ class AdamConfig:
     lr: float = 1e-3
     """Learning rate for a global batch of `lr_batch`; it is not rescaled, a different batch is warned about."""
     lr_batch: int = 128
-    """Global batch, in persons, that `lr` was chosen for."""
+    """Global batch, in persons, that `lr` was chosen for. `finetune cir` counts images instead of persons, here and
+    below."""
     batch_size: int = 32
     """Persons per process and step."""
     epochs: int = 140

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .heatmaps import Alignment
 from .keypoints import match_joints
-from .model import PoseModel, load_model
+from .model import PoseModel, SingleStageModel, load_model, load_top_down
 
 
 class Ensemble(nn.Module):
@@ -72,11 +72,17 @@ def load_models(paths: str | Path | Sequence[str | Path]) -> PoseModel | Ensembl
             raise UserError(f"{file}: named twice{same}; a model in an ensemble counts once, leave one out")
         seen[real] = file
     if len(files) == 1:
-        return load_model(files[0])
-    models = {file: load_model(file) for file in files}
+        return load_top_down(files[0])
+    models = {file: load_top_down(file) for file in files}
     if refined := [file for file, model in models.items() if model.refiner is not None]:
         print(f"warning: in an ensemble the networks of model.refiner are not asked ({refined[0]})", file=sys.stderr)
     return Ensemble(models).eval()
+
+
+def load_predictor(paths: str | Path | Sequence[str | Path]) -> PoseModel | Ensemble | SingleStageModel:
+    """As `load_models`, but one file may also hold a single-stage model."""
+    files = [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    return load_model(files[0]) if len(files) == 1 else load_models(files)
 
 
 def resample(heatmaps: Tensor, size: tuple[int, int], alignment: Alignment) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -244,11 +245,24 @@ def crop_batches(
     dataset: TopDownDataset, batch_size: int, workers: int, pin_memory: bool, *, progress: bool = False
 ) -> Iterator[CropBatch]:
     """The crops of a dataset as they are, in its order. Raises UnreadableImage for a picture that cannot be read."""
+    return evaluation_batches(dataset, collate, batch_size, workers, pin_memory, progress=progress)
+
+
+def evaluation_batches(
+    dataset: Dataset[Any],
+    function: Callable[[Sequence[Any]], Any],
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    *,
+    progress: bool = False,
+) -> Iterator[Any]:
+    """`function` of each `batch_size` items in their order. Raises UnreadableImage as the items do."""
     loader = DataLoader(
         _Evaluated(dataset),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=_collate_or_error,
+        collate_fn=partial(_collate_or_error, function),
         worker_init_fn=worker_init,
         pin_memory=pin_memory,
     )
@@ -384,32 +398,30 @@ def protocol(
     }
 
 
-class _Evaluated(Dataset[CropRecord | UnreadableImage]):
+class _Evaluated(Dataset[Any]):
     """Hands the error over as an item: raised in a worker it would arrive as another type with a worker's traceback."""
 
-    def __init__(self, dataset: TopDownDataset) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
 
-    def __getitem__(self, index: int) -> CropRecord | UnreadableImage:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self.dataset.evaluation_sample(index)
+            return self.dataset[index]
         except UnreadableImage as error:
             return error
 
 
-def _collate_or_error(items: Sequence[CropRecord | UnreadableImage]) -> CropBatch | UnreadableImage:
-    crops = []
+def _collate_or_error(function: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> Any:
     for item in items:
         if isinstance(item, UnreadableImage):
             return item
-        crops.append(item)
-    return collate(crops)
+    return function(items)
 
 
-def _raise_or_batch(item: CropBatch | UnreadableImage) -> CropBatch:
+def _raise_or_batch(item: Any) -> Any:
     if isinstance(item, UnreadableImage):
         # Not `raise item`: in a cycle with this frame it would keep the loader, whose workers then stop seconds later.
         raise UnreadableImage(str(item))

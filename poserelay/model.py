@@ -1,4 +1,4 @@
-"""Pose models: a backbone and a head, built from a ModelConfig or from a hand-off file."""
+"""Pose models, top-down and single-stage: a backbone and a head, built from a ModelConfig or from a hand-off file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .backbones.penultimate import with_penultimate
 from .checkpoint import load_exactly, read_export
 from .config import InputConfig, ModelConfig, Named
 from .errors import UserError
-from .heads import HEADS, REFINERS, SCIO, CCMHead, DeconvHead, HRNetHead
+from .heads import HEADS, REFINERS, SCIO, SINGLE_STAGE, CCMHead, CIRHead, DeconvHead, HRNetHead
+from .heads.cir import CIRMaps
 from .keypoints import Skeleton, load_skeleton
 
 Choice = TypeVar("Choice")
@@ -122,6 +123,61 @@ class PoseModel(nn.Module):
         return predict_images(self, images, boxes)
 
 
+class SingleStageModel(nn.Module):
+    """A single-stage pose model: whole images in, all persons out, no detector (Xiao et al., AAAI 2022).
+
+    Args:
+        backbone: gives the maps that `head` reads, all of them.
+        head: gives a score map, and displacements from its pixels to the joints of `skeleton`.
+        skeleton: the joints, in the order of the displacements.
+        config: what the model was built from; its `input` is the square that training crops, whose side is also the
+            short side of images in evaluation.
+    """
+
+    refiner = None
+
+    def __init__(self, backbone: Backbone, head: CIRHead, skeleton: Skeleton, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.skeleton = skeleton
+        self.config = config
+        self.input = config.input
+        self.stride = backbone.strides[0]
+        """Input pixels per map pixel: x in the map is x in the input divided by this."""
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """`normalise` images `[B, 3, H, W]`, uint8 RGB, for this model."""
+        return normalise(images, self.input)
+
+    def maps(self, images: Tensor) -> CIRMaps:
+        """Turn normalised images `[B, 3, H, W]` into the head's maps; H and W are multiples of the coarsest stride."""
+        return self.head(self.backbone(images))
+
+    def forward(self, images: Tensor, pixels: Tensor) -> tuple[CIRMaps, Tensor]:
+        """`maps`, and from their pixels `[B, P, 2]` (x, y) the displacements to the joints, `[B, P, K, 2]`."""
+        maps = self.maps(images)
+        return maps, self.head.displacements(maps.joints, pixels)
+
+    def predict(
+        self, images: np.ndarray | str | Path | Sequence[np.ndarray | str | Path], boxes: None = None
+    ) -> list[dict[str, Any]]:
+        """COCO results for all persons of the images, as `whole_images.predict_whole` describes them.
+
+        images: `[H, W, 3]` uint8 RGB, or a path, or several of either. No boxes: the model finds the persons.
+
+        Raises:
+            ValueError: with boxes, or an image of another shape or type.
+            UnreadableImage: a path that is not a whole picture.
+        """
+        if boxes is not None:
+            raise ValueError("this is a single-stage model, which finds the persons itself: give no boxes")
+        # Imported here because inference needs the whole data path, which training a backbone does not.
+        from .whole_images import predict_whole
+
+        return predict_whole(self, [images] if isinstance(images, np.ndarray | str | Path) else images)
+
+
 def normalise(images: Tensor, input: InputConfig) -> Tensor:
     """Turn uint8 RGB `[..., 3, H, W]` into float32 in the network's channel order, mean and standard deviation."""
     mean = 255 * torch.tensor(input.mean, device=images.device)[:, None, None]
@@ -142,6 +198,45 @@ def build_backbone(named: Named) -> Backbone:
     return constructor(**named.kwargs)
 
 
+def is_single_stage(head: Named | None) -> bool:
+    """Whether a model with this head takes whole images, and `build_single_stage` builds it."""
+    return head is not None and head.name in SINGLE_STAGE
+
+
+def build_single_stage(config: ModelConfig, skeleton: Skeleton | None = None) -> SingleStageModel:
+    """The single-stage model that `config` describes, for `skeleton` (by default the one that the config names).
+
+    Raises:
+        UserError: another head, a refiner, an unknown name or keyword argument, or an input that is no square of a
+            multiple of the backbone's coarsest stride.
+    """
+    if config.head is None or config.head.name not in SINGLE_STAGE:
+        found = "null" if config.head is None else repr(config.head.name)
+        raise UserError(f"model.head is {found}; a single-stage model needs one of {', '.join(SINGLE_STAGE)}")
+    if config.refiner is not None:
+        raise UserError("model.refiner: a single-stage model has none; leave it out")
+    skeleton = skeleton or _skeleton_of(config)
+    head_class = SINGLE_STAGE[config.head.name]
+    check_kwargs("model.head", config.head, head_class, given=("in_channels", "num_joints"))
+    backbone = build_backbone(config.backbone)
+    size, coarsest = config.input, max(backbone.strides)
+    if size.height != size.width or size.height <= 0 or size.height % coarsest:
+        raise UserError(
+            f"model.input is {size.height} x {size.width}; a single-stage model crops a square, of a positive multiple "
+            f"of {coarsest} (the stride of {config.backbone.name}): give height and width alike"
+        )
+    if size.alignment != "hrnet":
+        raise UserError("model.input.alignment: a single-stage model divides by the stride; set it to hrnet")
+    head = head_class(backbone.channels, len(skeleton.joints), **config.head.kwargs)
+    return SingleStageModel(backbone, head, skeleton, config)
+
+
+def _skeleton_of(config: ModelConfig) -> Skeleton:
+    if config.skeleton == "auto":
+        raise UserError("model.skeleton is auto and there is no annotation file to derive it from; name one")
+    return load_skeleton(config.skeleton)
+
+
 def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseModel:
     """The pose model that `config` describes, for `skeleton` (by default the one that the config names).
 
@@ -150,10 +245,12 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
     """
     if config.head is None:
         raise UserError("model.head is null: a pose model needs a head; choose from " + ", ".join(HEADS))
-    if skeleton is None:
-        if config.skeleton == "auto":
-            raise UserError("model.skeleton is auto and there is no annotation file to derive it from; name one")
-        skeleton = load_skeleton(config.skeleton)
+    skeleton = skeleton or _skeleton_of(config)
+    if config.head.name in SINGLE_STAGE:
+        raise UserError(
+            f"model.head {config.head.name!r} is a single-stage model's, and this is for top-down ones; choose from "
+            f"{', '.join(HEADS)} (python -m finetune cir trains it)"
+        )
     head_class = _choose("model.head", config.head, HEADS)
     check_kwargs("model.head", config.head, head_class, given=("in_channels", "num_joints"))
     backbone = build_backbone(config.backbone)
@@ -186,7 +283,18 @@ def build_model(config: ModelConfig, skeleton: Skeleton | None = None) -> PoseMo
     return PoseModel(backbone, head, skeleton, config, refiner)
 
 
-def load_model(path: str | Path) -> PoseModel:
+def load_top_down(path: str | Path) -> PoseModel:
+    """`load_model` where crops of persons are to be given; UserError for a single-stage model."""
+    model = load_model(path)
+    if isinstance(model, SingleStageModel):
+        raise UserError(
+            f"{path}: holds a single-stage model (head {model.config.head and model.config.head.name}), and this works "
+            "on crops of persons; give a top-down model"
+        )
+    return model
+
+
+def load_model(path: str | Path) -> PoseModel | SingleStageModel:
     """The pose model of a hand-off file, rebuilt from the file alone, on the CPU in eval mode.
 
     Raises:
@@ -213,7 +321,7 @@ def load_model(path: str | Path) -> PoseModel:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: the metadata 'poserelay' lacks or misnames {error}; export the file again") from error
     try:
-        model = build_model(config, skeleton)
+        model = (build_single_stage if is_single_stage(config.head) else build_model)(config, skeleton)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     load_exactly(model, state, path)

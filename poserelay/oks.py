@@ -40,6 +40,21 @@ def oks(
     return torch.where(labelled[:, None], similarity, 0).sum(0) / labelled.sum(0).clamp(min=1)
 
 
+def oks_of_pairs(
+    keypoints_a: Tensor, keypoints_b: Tensor, areas: Tensor, sigmas: Tensor | Sequence[float], visibility: Tensor
+) -> Tensor:
+    """`oks` of each pose of a with its own of b, `[...]`.
+
+    keypoints_a and keypoints_b `[..., K, 2]`, areas `[...]` and visibility `[..., K]` of b, which may be broadcast;
+    sigmas `[K]`. A pose of b without a joint whose visibility is > 0 has 0.
+    """
+    scale = math.sqrt(8) * torch.as_tensor(sigmas, dtype=torch.float64).to(keypoints_a)  # sqrt(2) k
+    distance = ((keypoints_a - keypoints_b) / scale[:, None]).square().sum(-1)
+    labelled = visibility > 0
+    similarity = torch.where(labelled, torch.exp(-distance / (areas + np.spacing(1.0))[..., None]), 0)
+    return similarity.sum(-1) / labelled.sum(-1).clamp(min=1)
+
+
 def nms(
     keypoints: Tensor,
     scores: Tensor,

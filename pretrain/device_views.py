@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from .views import JITTER, LUMA, TwoViews
+from poserelay.colour import JITTER, LUMA
+
+from .views import TwoViews
 
 CONTRAST, SATURATION, HUE = (
     [name for name, _ in JITTER].index(operation) for operation in ("contrast", "saturation", "hue")
@@ -35,7 +37,7 @@ class ColourDraws(NamedTuple):
 
 
 class ColourMaps(NamedTuple):
-    """N affine maps of colours, each number `[N]`, as `pretrain.views.ColourMap`."""
+    """N affine maps of colours, each number `[N]`, as `poserelay.colour.ColourMap`."""
 
     scale: Tensor
     luma: Tensor
@@ -104,7 +106,7 @@ def apply_colours(images: Tensor, draws: ColourDraws) -> Tensor:
 def compose(maps: ColourMaps, colours: Tensor, order: Tensor, factors: Tensor, applied: Tensor) -> ColourMaps:
     """Follow N maps of colours `[N, 3, pixels]` by brightness, contrast, saturation where `applied` `[N, 4]`.
 
-    As `pretrain.views.blend`, for the operation at each place of `order` in turn.
+    As `poserelay.colour.blend`, for the operation at each place of `order` in turn.
     """
     mean = colours.mean(2) @ torch.tensor(LUMA, dtype=colours.dtype, device=colours.device)
     for place in range(order.shape[1]):

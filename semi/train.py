@@ -31,7 +31,7 @@ from poserelay.datasets.topdown import TopDownDataset, collate_draws
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
 from poserelay.errors import Interrupted, UserError
 from poserelay.inference import predict_dataset, protocol
-from poserelay.model import PoseModel, build_model, check_kwargs, load_model
+from poserelay.model import PoseModel, build_model, check_kwargs, load_top_down
 from poserelay.progress import Journal, LossWindow, Progress, UnreadableCount, check_weights
 from poserelay.run import Run, file_sha256, is_finished, open_run, running
 from poserelay.schedules import drops
@@ -75,7 +75,7 @@ def main(config: SemiConfig) -> None:
             f"skeleton {data.skeleton.name!r} names no prcc_pairs and icon.lambda_1 is 0: nothing to contrast is left; "
             "add the pairs to its file, or raise icon.lambda_1"
         )
-    trained = load_model(config.teacher_from) if config.teacher_from else None
+    trained = load_top_down(config.teacher_from) if config.teacher_from else None
     fabric = start(config.device, config.precision, config.threads)
     torch.manual_seed(config.seed)
     networks = [build_model(config.model, data.skeleton) for _ in range(2 if config.teacher.name == "dual" else 1)]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from poserelay.colour import JITTER
 from poserelay.datasets.sampling import draw_generator
 from pretrain.device_views import ColourDraws, DeviceColour, apply_colours, blur_kernels, draw_colours, turn_hue
-from pretrain.views import JITTER, TwoViews, ViewDraw, blur_kernel, draw_view, render_view
+from pretrain.views import TwoViews, ViewDraw, blur_kernel, draw_view, render_view
 
 from .test_views import OFF, assert_same_moments, lightlys_figures, picture, settings_of, view_figures
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from poserelay.colour import jitter_colour
 from poserelay.datasets import unlabelled
 from poserelay.datasets.sampling import decode_image, draw_generator, reducible_size
 from poserelay.datasets.unlabelled import FilePictures, UnlabelledImages, list_images
@@ -28,7 +29,6 @@ from pretrain.views import (
     blur_kernel,
     draw_crop,
     draw_view,
-    jitter_colour,
     render_view,
     snap_crop,
 )

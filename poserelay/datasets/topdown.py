@@ -84,7 +84,7 @@ class TopDownDataset(Dataset[CropRecord]):
         self._flip_index = np.array(skeleton.flip_index)
         self._upper = np.isin(np.arange(len(skeleton.joints)), skeleton.indices(skeleton.upper_body))
 
-        keypoints, visibility = self._matched_joints()
+        keypoints, visibility = matched_joints(annotations, skeleton)
         if detections is None:
             persons = annotations.persons
             taken = persons if rows is None else persons[np.isin(persons, rows)]
@@ -135,16 +135,8 @@ class TopDownDataset(Dataset[CropRecord]):
         return self._crop(index, self.boxes[index], 0.0, 1.0, False)
 
     def _crop(self, index: int, box: np.ndarray, rotation: float, scale: float, flip: bool) -> CropRecord:
-        row = self.image_index[index]
-        path = self.image_dir / self.annotations.file_names[row]
-        picture = read_image(path)
-        height, width = self.annotations.image_sizes[row].tolist()
-        if picture.shape[:2] != (height, width):
-            raise UnreadableImage(
-                path,
-                f"is {picture.shape[1]} x {picture.shape[0]} pixels as stored, but {width} x {height} in "
-                f"{self.annotations.path} (resized, or turned by its EXIF data?)",
-            )
+        row = int(self.image_index[index])
+        picture = read_annotated(self.annotations, self.image_dir, row)
         affine = box_to_affine(
             box, self.size, padding=self.padding, rotation=rotation, scale=scale, flip=flip, alignment=self.alignment
         )
@@ -164,21 +156,39 @@ class TopDownDataset(Dataset[CropRecord]):
             negative=self.negative,
         )
 
-    def _matched_joints(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keypoints `[N, K, 2]` and visibility `[N, K]` of all annotations, in the skeleton's order."""
-        source = match_joints(self.annotations.joints, self.skeleton.joints)
-        places = [place for place, index in enumerate(source) if index is not None]
-        columns = [index for index in source if index is not None]
-        if not places:
-            raise UserError(
-                f"{self.annotations.path}: its joints ({', '.join(self.annotations.joints)}) have none in common with "
-                f"skeleton {self.skeleton.name} ({', '.join(self.skeleton.joints)}); choose another or name them alike"
-            )
-        shape = (len(self.annotations.ids), len(source))
-        keypoints, visibility = np.zeros((*shape, 2)), np.zeros(shape, dtype=np.int64)
-        keypoints[:, places] = self.annotations.keypoints[:, columns]
-        visibility[:, places] = self.annotations.visibility[:, columns]
-        return keypoints, visibility
+
+def matched_joints(annotations: CocoAnnotations, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray]:
+    """Keypoints `[N, K, 2]` and visibility `[N, K]` of all annotations, in the skeleton's order.
+
+    Raises UserError where no joint is in common.
+    """
+    source = match_joints(annotations.joints, skeleton.joints)
+    places = [place for place, index in enumerate(source) if index is not None]
+    columns = [index for index in source if index is not None]
+    if not places:
+        raise UserError(
+            f"{annotations.path}: its joints ({', '.join(annotations.joints)}) have none in common with "
+            f"skeleton {skeleton.name} ({', '.join(skeleton.joints)}); choose another or name them alike"
+        )
+    shape = (len(annotations.ids), len(source))
+    keypoints, visibility = np.zeros((*shape, 2)), np.zeros(shape, dtype=np.int64)
+    keypoints[:, places] = annotations.keypoints[:, columns]
+    visibility[:, places] = annotations.visibility[:, columns]
+    return keypoints, visibility
+
+
+def read_annotated(annotations: CocoAnnotations, image_dir: Path, row: int) -> np.ndarray:
+    """The picture `[H, W, 3]` of an annotation file's image `row`; raises UnreadableImage, also for another size."""
+    path = image_dir / annotations.file_names[row]
+    picture = read_image(path)
+    height, width = annotations.image_sizes[row].tolist()
+    if picture.shape[:2] != (height, width):
+        raise UnreadableImage(
+            path,
+            f"is {picture.shape[1]} x {picture.shape[0]} pixels as stored, but {width} x {height} in "
+            f"{annotations.path} (resized, or turned by its EXIF data?)",
+        )
+    return picture
 
 
 def warp(picture: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
