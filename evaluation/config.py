@@ -47,20 +47,21 @@ class TestConfig:
 
     checkpoint: list[File] | File
     """Hand-off file (export/model.safetensors) of a pose model, or a list of them: an ensemble, whose heatmaps are
-    averaged."""
+    averaged. A single-stage model (head cir) goes alone, and finds the persons itself."""
     annotations: File
     """COCO-keypoint JSON with the truth. Joints that the model does not have are not scored. Persons with a `head_box`
     or `head_size` are measured by PCKh as well; where every image carries a crowdIndex, OKS AP is CrowdPose's: areas of
     0.53 of the box, and AP easy, medium and hard. A file of images alone is a hidden test set: nothing is scored, the
-    predictions on `boxes` are written."""
+    predictions are written, of a top-down model those on `boxes`."""
     images: File
     """Folder that the JSON's file names are relative to."""
     boxes: Boxes = "gt"
-    """gt: the annotated boxes; or a COCO detections JSON."""
+    """gt: the annotated boxes; or a COCO detections JSON. A single-stage model takes neither: leave it out."""
     box_threshold: float = 0.0
     """Detections below this score are left out."""
     baseline_annotations: OptionalFile = None
-    """COCO-keypoint JSON whose mean pose, placed in the same boxes, is scored as a baseline; null: no baseline."""
+    """COCO-keypoint JSON whose mean pose, placed in the same boxes (of a single-stage model: in the annotated ones), is
+    scored as a baseline; null: no baseline."""
     out: OptionalFile = None
     """Folder for predictions.json and metrics.json; null writes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
@@ -73,8 +74,8 @@ class TestConfig:
     crowd_levels: Literal["crowdpose", "icon"] = "crowdpose"
     """With crowdIndex: images below 0.2 are easy and from 0.8 on hard (crowdpose, as its API has it), or from 0.1 and
     0.8 (icon, as its text has it)."""
-    batch_size: int = 64
-    """Crops per forward pass."""
+    batch_size: int | None = None
+    """Crops, or whole images of a single-stage model, per forward pass; null: 64 crops, 8 images."""
     workers: int = 2
     """Data processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,13 +83,14 @@ class TestConfig:
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice."""
     json: bool = False
-    """Print one JSON object {"metrics", "protocol", "joints"}, of a model with SCIO also "scio", instead of a
-    table."""
+    """Print one JSON object {"metrics", "protocol", "joints", "scores"}, of a model with SCIO also "scio", instead of a
+    table. "scores" tells how well the poses' scores go with their true OKS: {"spearman", "pearson", "poses"}."""
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)
         _require_some_joints(self.labelled_joints)
-        check_ranges(self, {"batch_size": (1, math.inf), "workers": (0, math.inf), "threads": (0, math.inf)})
+        ranges = {"workers": (0, math.inf), "threads": (0, math.inf)}
+        check_ranges(self, ranges if self.batch_size is None else {**ranges, "batch_size": (1, math.inf)})
         paths = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
         if not paths:
             raise ValueError("checkpoint is an empty list, expected at least one hand-off file")
@@ -180,18 +182,20 @@ class PredictConfig:
     """Draw predicted skeletons on pictures and write the poses."""
 
     checkpoint: list[File] | File
-    """Hand-off file (export/model.safetensors) of a pose model, or a list of them: the mean of their heatmaps."""
+    """Hand-off file (export/model.safetensors) of a pose model, or a list of them: the mean of their heatmaps. A
+    single-stage model (head cir) goes alone, and finds the persons itself."""
     images: File
     """A picture, or a folder of pictures (looked through recursively)."""
     out: File
     """Folder for predictions.json, pictures/ and overview.jpg."""
     boxes: OptionalFile = None
     """JSON with the persons' boxes: COCO (images, annotations) or a list of {file_name, bbox, score}, with file names
-    relative to `images`; pictures without a box are left out. Null: the whole picture is one person's box."""
+    relative to `images`; pictures without a box are left out. Null: the whole picture is one person's box, or all
+    persons that a single-stage model finds, which takes no boxes."""
     box_threshold: float = 0.0
     """Boxes scored below this are left out."""
     joint_threshold: float = 0.2
-    """Joints scored below this are not drawn."""
+    """Joints scored below this are not drawn; those of a single-stage model have their pose's score."""
     decoding: Decoding = field(default_factory=Decoding)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
@@ -218,35 +222,58 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """Draw where linear classifiers look (Grad-CAM, MSCL's Fig. 3) or how pretraining losses fall (Fig. 4)."""
+    """Draw where classifiers look (MSCL, Fig. 3), how losses fall (Fig. 4), what scores tell of poses (CIR, Fig. 1, 5).
 
-    figure: Literal["gradcam", "losses"]
-    """gradcam: the heat of each checkpoint over pictures; losses: over epochs, in all and per level."""
+    Each figure is written as its name says, FIGURE.png.
+    """
+
+    figure: Literal["gradcam", "losses", "scores", "quality"]
+    """gradcam: the heat of each checkpoint over pictures; losses: over epochs, in all and per level; scores: predicted
+    score against true OKS; quality: pictures with their poses, score and true OKS beside each."""
     out: File
-    """Folder for gradcam.png or losses.png."""
+    """Folder for FIGURE.png."""
     checkpoints: list[File] = field(default_factory=list)
     """gradcam: hand-off files of `pretrain linear`, a column each."""
     images: OptionalFile = None
-    """gradcam: a picture, or a folder of pictures (looked through recursively)."""
+    """gradcam: a picture, or a folder of pictures (looked through recursively); quality: folder that the file names of
+    `annotations` are relative to."""
     count: int = 8
-    """gradcam: pictures of a folder, evenly spread over its sorted files."""
+    """gradcam: pictures of a folder, evenly spread over its sorted files; quality: images, evenly spread over those
+    with a person."""
     target: str | None = None
     """gradcam: the class to explain; null: the one that a checkpoint takes the picture for."""
     runs: list[File] = field(default_factory=list)
     """losses: run directories, a line each."""
+    annotations: OptionalFile = None
+    """scores, quality: COCO-keypoint JSON with the truth."""
+    predictions: list[File] = field(default_factory=list)
+    """scores, quality: COCO results JSON, such as `test` writes; a panel or a column each."""
+    skeleton: SkeletonFile = "auto"
+    """scores, quality: packaged name or YAML file, for the sigmas; auto: from the annotation file's joints."""
+    seed: int = 0
+    """scores: of the poses that are drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """gradcam: auto takes a GPU where there is one."""
     threads: int = 0
     """gradcam: CPU threads of torch; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
-        wanted = {"gradcam": ("checkpoints", "images"), "losses": ("runs",)}
-        for figure, names in wanted.items():
-            for name in names:
-                if bool(getattr(self, name)) != (figure == self.figure):
-                    problem = "is missing" if figure == self.figure else f"is of figure {figure}; leave it out"
-                    raise ValueError(f"figure {self.figure}: {name} {problem}")
-        check_ranges(self, {"count": (1, 64), "threads": (0, math.inf)})
+        wanted = {
+            "checkpoints": ("gradcam",),
+            "images": ("gradcam", "quality"),
+            "runs": ("losses",),
+            "annotations": ("scores", "quality"),
+            "predictions": ("scores", "quality"),
+        }
+        for name, figures in wanted.items():
+            belongs = self.figure in figures
+            if bool(getattr(self, name)) != belongs:
+                problem = "is missing" if belongs else f"is of figure {' or '.join(figures)}; leave it out"
+                raise ValueError(f"figure {self.figure}: {name} {problem}")
+        for path in self.predictions:
+            if self.predictions.count(path) > 1:
+                raise ValueError(f"predictions names {path} twice")
+        check_ranges(self, {"count": (1, 64), "threads": (0, math.inf), "seed": (0, 2**63 - 1)})
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,17 @@ import numpy as np
 from tqdm import tqdm
 
 from poserelay.checkpoint import verify_handoff
+from poserelay.config import Decoding
 from poserelay.datasets.sampling import read_image
 from poserelay.datasets.unlabelled import list_images
 from poserelay.distributed import start
 from poserelay.drawing import contact_sheet, draw_poses
-from poserelay.ensemble import load_models
+from poserelay.ensemble import Ensemble, load_predictor
 from poserelay.errors import UserError
 from poserelay.inference import predict_images
+from poserelay.model import PoseModel, SingleStageModel
 from poserelay.run import write_atomic, write_json
+from poserelay.whole_images import predict_whole
 
 from .config import PredictConfig
 
@@ -36,7 +39,7 @@ class Picture:
 
     image_id: int
     boxes: list[list[float]] = field(default_factory=list)
-    """xywh, pixels of the stored picture; empty: the whole upright picture."""
+    """xywh, pixels of the stored picture; empty: the whole upright picture, or all persons that the model finds."""
     scores: list[float] = field(default_factory=list)
 
 
@@ -51,7 +54,9 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     for checkpoint in checkpoints:
         verify_handoff(checkpoint)
     root, pictures = find_pictures(config)
-    model = load_models(checkpoints).to(start(config.device, "fp32", config.threads).device)
+    model = load_predictor(checkpoints).to(start(config.device, "fp32", config.threads).device)
+    if isinstance(model, SingleStageModel) and config.boxes is not None:
+        raise UserError(f"{checkpoints[0]}: a single-stage model finds the persons itself; leave boxes out")
     joints = len(model.skeleton.joints)
     out = Path(config.out)
     targets = _targets(config, root, pictures)
@@ -59,12 +64,8 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     overview: list[np.ndarray] = []
     for name, picture in tqdm(pictures.items(), "predict", unit="picture", leave=False, disable=None):
         image = read_image(root / name, orientation="ignore" if picture.boxes else "exif")
-        height, width = image.shape[:2]
-        boxes, scores = picture.boxes or [[0.0, 0.0, float(width), float(height)]], picture.scores or [1.0]
-        records = predict_images(model, [image], [np.array(boxes)], config.decoding)
-        for record, score in zip(records, scores, strict=True):
-            placed = {"image_id": picture.image_id, "file_name": name, "score": record["score"] * score}
-            results.append({**record, **placed})
+        records = poses_of(model, image, picture, config.decoding)
+        results += [{**record, "image_id": picture.image_id, "file_name": name} for record in records]
         triples = np.array([record["keypoints"] for record in records]).reshape(-1, joints, 3)
         drawn = draw_poses(image, triples[..., :2], triples[..., 2], model.skeleton, threshold=config.joint_threshold)
         _write_picture(targets[name], drawn)
@@ -74,6 +75,18 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     write_json(out / "predictions.json", results)
     print(f"{len(results)} poses on {len(pictures)} pictures: {out}", file=sys.stderr)
     return results
+
+
+def poses_of(
+    model: PoseModel | Ensemble | SingleStageModel, image: np.ndarray, picture: Picture, decoding: Decoding
+) -> list[dict[str, Any]]:
+    """COCO results with bbox: a pose for each box of a picture, or of all persons that a single-stage model finds."""
+    if isinstance(model, SingleStageModel):
+        return predict_whole(model, [image], decoding)
+    height, width = image.shape[:2]
+    boxes, scores = picture.boxes or [[0.0, 0.0, float(width), float(height)]], picture.scores or [1.0]
+    records = predict_images(model, [image], [np.array(boxes)], decoding)
+    return [{**record, "score": record["score"] * score} for record, score in zip(records, scores, strict=True)]
 
 
 def find_pictures(config: PredictConfig) -> tuple[Path, dict[str, Picture]]:

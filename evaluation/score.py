@@ -100,7 +100,11 @@ def format_report(report: Mapping[str, Mapping[str, Any]]) -> str:
         return "-" if value in (None, -1.0) else f"{value:.{5 if 'PCKh' in name else 4}f}"
 
     lines = [f"{name:<{width}}  {shown(name, value)}" for name, value in report["metrics"].items()]
-    listed = {n: " and ".join(v) if isinstance(v, list) else v for n, v in report["protocol"].items() if v is not None}
+    listed = {
+        n: " and ".join(map(str, v)) if isinstance(v, list) else v
+        for n, v in report["protocol"].items()
+        if v is not None
+    }
     protocol = ", ".join(f"{name} {v}" for name, v in listed.items())
     return "\n".join([*lines, f"({protocol})"])
 

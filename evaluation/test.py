@@ -7,20 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from poserelay.checkpoint import verify_handoff
 from poserelay.datasets.coco import CocoAnnotations, read_coco, read_detections, read_json
+from poserelay.datasets.fullimage import PyramidDataset
 from poserelay.datasets.topdown import TopDownDataset
 from poserelay.datasets.unlabelled_persons import read_images
 from poserelay.distributed import start
-from poserelay.ensemble import load_models
+from poserelay.ensemble import Ensemble, load_predictor
 from poserelay.errors import UserError
 from poserelay.inference import Poses, predict_poses, protocol, suppress, to_results
 from poserelay.keypoints import Skeleton, match_joints
-from poserelay.model import PoseModel
+from poserelay.model import PoseModel, SingleStageModel
 from poserelay.pckh import pckh_of_persons
 from poserelay.run import write_json
 from poserelay.scoring import (
@@ -36,18 +37,36 @@ from poserelay.scoring import (
     results_that_count,
     scored_truth,
 )
+from poserelay.whole_images import predict_images, whole_batches
+from poserelay.whole_images import protocol as whole_protocol
 
+from .calibration import NOT_MEASURED, calibration, format_scores
 from .config import TestConfig
 from .joint_accuracy import format_joints, joint_means, oks_areas
 from .reliance import blindness, format_reliance, reliance, reliance_crops
 from .score import format_report, without_nan
 
+CROPS, IMAGES = 64, 8
+"""Per forward pass, where the configuration does not say."""
+
+
+class Predicted(NamedTuple):
+    """What a model finds in the pictures, in the joints that are scored, before the NMS."""
+
+    poses: Poses
+    own: bool
+    """Whether the poses are those of the file's persons, in their order."""
+    baseline: Poses | None
+    """The mean pose in the boxes that the model was given, or else in the annotated ones."""
+    protocol: dict[str, Any]
+
 
 def main(config: TestConfig) -> dict[str, Any]:
-    """Print, write and return {"metrics", "protocol", "joints"}; the baseline's metrics are prefixed "mean pose ".
+    """Print, write and return {"metrics", "protocol", "joints", "scores"}; the baseline's metrics are prefixed
+    "mean pose ".
 
-    "joints" are `joint_means` of the poses that PCK measures. Where the model carries SCIO's networks there is also
-    "scio", their `reliance`, null where no group is labelled.
+    "joints" are `joint_means` of the poses that PCK measures, "scores" is the `calibration` of all poses. Where the
+    model carries SCIO's networks there is also "scio", their `reliance`, null where no group is labelled.
 
     Of a file without annotations, a hidden test set, the predictions are written and nothing is scored: no metrics.
 
@@ -57,61 +76,51 @@ def main(config: TestConfig) -> dict[str, Any]:
     paths = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
     for path in paths:
         verify_handoff(path)
+    model = load_predictor(paths)
     hidden = is_hidden(config.annotations)
-    if hidden:
-        check_hidden(config)
-    model = load_models(paths).to(start(config.device, "fp32", config.threads).device)
+    check_fields(config, paths[0], hidden, isinstance(model, SingleStageModel))
+    model = model.to(start(config.device, "fp32", config.threads).device)
     annotations = read_hidden(config.annotations, model.skeleton) if hidden else read_coco(config.annotations)
     truth = scored_truth(annotations, model.skeleton, config.joints, config.labelled_joints)
-    detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
-    baseline = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, truth.common)
-    dataset = TopDownDataset(
-        annotations,
-        config.images,
-        model.skeleton,
-        (model.input.height, model.input.width),
-        detections=detections,
-        alignment=model.input.alignment,
-    )
+    mean = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, truth.common)
     refined = model if isinstance(model, PoseModel) and model.refiner is not None and not hidden else None
     crops = None if refined is None else reliance_crops(refined, annotations, config.images)
 
-    poses = predict_poses(model, dataset, config.decoding, config.batch_size, config.workers, progress=True).joints(
-        order_of_file(model.skeleton, truth.common.joints)
-    )
-    results = suppressed(poses, truth, model.skeleton, config)
+    if isinstance(model, SingleStageModel):
+        found = single_stage_poses(model, truth, mean, config)
+    else:
+        found = top_down_poses(model, truth, mean, config)
+    results = suppressed(found.poses, truth, model.skeleton, config)
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {"instances": None, "truth": "hidden, nothing is scored", "poses": len(results)}
     joints: dict[str, dict[str, Any]] = {}
+    scores = NOT_MEASURED
     if not hidden:
-        predicted = measured_poses(poses, results, truth, config)
+        predicted = measured_poses(found.poses, results, truth, found.own)
         metrics, details = measure(predicted, results, truth, model.skeleton, config)
+        details["matching"] = "the box's own pose" if found.own else "nearest pose of the image"
         joints = accuracy_of_joints(predicted, truth, model.skeleton)
-    if baseline is not None:
-        placed = replace(
-            poses,
-            keypoints=place_pose(baseline, poses.boxes),
-            joint_scores=np.ones(poses.joint_scores.shape),
-            scores=dataset.scores,
-        )
-        left = suppressed(placed, truth, model.skeleton, config)
-        its_poses = measured_poses(placed, left, truth, config)
+        scores = calibration(truth, results, model.skeleton)
+    if found.baseline is not None:
+        left = suppressed(found.baseline, truth, model.skeleton, config)
+        its_poses = measured_poses(found.baseline, left, truth, config.boxes == "gt")
         its_metrics, _ = measure(its_poses, left, truth, model.skeleton, config)
         metrics |= {f"mean pose {name}": value for name, value in its_metrics.items()}
     report: dict[str, Any] = {
         "metrics": without_nan(metrics),
         "protocol": {
-            **protocol(dataset, config.decoding, config.boxes, refined=model.refiner is not None),
-            "box_threshold": None if config.boxes == "gt" else config.box_threshold,
+            **found.protocol,
             **({"ensemble": len(paths)} if len(paths) > 1 else {}),
             **details,
             **truth.protocol,
             "baseline": None if config.baseline_annotations is None else Path(config.baseline_annotations).stem,
         },
         "joints": joints,
+        "scores": scores,
     }
     if refined is not None:
-        report["scio"] = None if crops is None else reliance(refined, crops, config.batch_size, config.workers)
+        batch_size = config.batch_size or CROPS
+        report["scio"] = None if crops is None else reliance(refined, crops, batch_size, config.workers)
         warning = blindness(report["scio"])
         if warning and config.decoding.scio.output == "optimisation":
             print(warning, file=sys.stderr)
@@ -125,11 +134,57 @@ def main(config: TestConfig) -> dict[str, Any]:
     return report
 
 
+def top_down_poses(model: PoseModel | Ensemble, truth: Truth, mean: np.ndarray | None, config: TestConfig) -> Predicted:
+    """A pose for every annotated or detected box of the file; mean: the baseline's pose, as `mean_pose_of` has it."""
+    annotations = truth.file
+    detections = None if config.boxes == "gt" else read_detections(config.boxes, annotations, config.box_threshold)
+    size, alignment = (model.input.height, model.input.width), model.input.alignment
+    dataset = TopDownDataset(
+        annotations, config.images, model.skeleton, size, detections=detections, alignment=alignment
+    )
+    batch_size = config.batch_size or CROPS
+    poses = predict_poses(model, dataset, config.decoding, batch_size, config.workers, progress=True).joints(
+        order_of_file(model.skeleton, truth.common.joints)
+    )
+    baseline = None
+    if mean is not None:
+        placed, ones = place_pose(mean, poses.boxes), np.ones(poses.joint_scores.shape)
+        baseline = replace(poses, keypoints=placed, joint_scores=ones, scores=dataset.scores)
+    described = {
+        **protocol(dataset, config.decoding, config.boxes, refined=model.refiner is not None),
+        "box_threshold": None if config.boxes == "gt" else config.box_threshold,
+    }
+    return Predicted(poses, config.boxes == "gt", baseline, described)
+
+
+def single_stage_poses(model: SingleStageModel, truth: Truth, mean: np.ndarray | None, config: TestConfig) -> Predicted:
+    """All poses that the model finds in the file's images; mean: the baseline's pose, as `mean_pose_of` has it."""
+    annotations = truth.file
+    dataset = PyramidDataset(annotations, config.images, model.input.height, config.decoding.whole.scales)
+    pinned = next(model.parameters()).device.type == "cuda"
+    batches = whole_batches(dataset, config.batch_size or IMAGES, config.workers, pinned, progress=True)
+    poses = predict_images(model, batches, config.decoding).joints(order_of_file(model.skeleton, truth.common.joints))
+    baseline = None
+    if mean is not None:
+        persons = annotations.persons
+        boxes = annotations.crop_boxes(persons)
+        baseline = Poses(
+            keypoints=place_pose(mean, boxes),
+            joint_scores=np.ones((len(boxes), len(mean))),
+            scores=np.ones(len(boxes)),
+            boxes=boxes,
+            areas=boxes[:, 2] * boxes[:, 3],
+            image_ids=[annotations.image_ids[row] for row in annotations.image_index[persons]],
+            annotation_ids=annotations.ids[persons].tolist(),
+        )
+    return Predicted(poses, False, baseline, whole_protocol(annotations, model, config.decoding))
+
+
 def format_all(report: Mapping[str, Any]) -> str:
-    """`format_report`, then the joints, then what is to be told of SCIO."""
+    """`format_report`, then the scores and the joints, then what is to be told of SCIO."""
     parts = [format_report(report)]
     if report["joints"]:
-        parts.append(format_joints(report["joints"]))
+        parts += [format_scores(report["scores"]), format_joints(report["joints"])]
     if report.get("scio"):
         parts.append(format_reliance(report["scio"]))
     return "\n".join(parts)
@@ -141,13 +196,13 @@ def suppressed(poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfi
     return to_results(suppress(poses, sigmas, config.decoding), truth.file.category["id"])
 
 
-def measured_poses(poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, config: TestConfig) -> np.ndarray:
+def measured_poses(poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, own: bool) -> np.ndarray:
     """The joints `[P, J, 2]` by which each of `truth.counted.persons` is measured, image pixels.
 
-    With annotated boxes its own pose of `poses`, whose joints are those that are scored; with detections the nearest
-    one that OKS-NMS left in `results`, NaN where there is none.
+    Where `poses`, in the joints that are scored, are the persons' `own` its own pose; else the nearest one that OKS-NMS
+    left in `results`, NaN where there is none.
     """
-    if config.boxes == "gt":  # the poses are in the order of the file's persons
+    if own:  # the poses are in the order of the file's persons
         return poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
     return match_results(truth.common, results)[truth.rows]
 
@@ -166,7 +221,6 @@ def measure(
         found.append(pckh_of_persons(truth.counted, predicted))
     for more, its_details in found:
         metrics, details = metrics | more, details | its_details
-    details["matching"] = "the box's own pose" if config.boxes == "gt" else "nearest pose of the image"
     return metrics, {"instances": len(truth.counted.persons), **details}
 
 
@@ -185,11 +239,16 @@ def is_hidden(path: str) -> bool:
     return isinstance(data, dict) and isinstance(data.get("images"), list) and data.get("annotations") in (None, [])
 
 
-def check_hidden(config: TestConfig) -> None:
-    """Raises UserError unless the fields fit a file without annotations."""
+def check_fields(config: TestConfig, path: str, hidden: bool, single_stage: bool) -> None:
+    """Raises UserError unless the fields fit a model, of the file `path`, and a file with or without annotations."""
+    if single_stage and config.boxes != "gt":
+        raise UserError(f"{path}: a single-stage model finds the persons itself; leave boxes out")
+    if not hidden:
+        return
     without = f"{config.annotations}: holds no annotations, a hidden test set of which nothing can be scored"
-    if config.boxes == "gt" or config.out is None:
-        raise UserError(f"{without}: give boxes, a COCO detections JSON, and out, a folder for the predictions")
+    if config.out is None or (config.boxes == "gt" and not single_stage):
+        boxes = "" if single_stage else "boxes, a COCO detections JSON, and "
+        raise UserError(f"{without}: give {boxes}out, a folder for the predictions")
     if config.baseline_annotations is not None or config.joints != "all" or config.labelled_joints is not None:
         raise UserError(f"{without}: leave out baseline_annotations, joints and labelled_joints, or name another file")
 

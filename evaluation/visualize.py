@@ -1,4 +1,7 @@
-"""`python -m evaluation visualize`: MSCL's figures, where classifiers look (Fig. 3) and how losses fall (Fig. 4)."""
+"""`python -m evaluation visualize`: MSCL's figures, where classifiers look (Fig. 3) and how losses fall (Fig. 4).
+
+CIR's are drawn by `cir_figures`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from poserelay.distributed import start
 from poserelay.errors import UserError
 from poserelay.run import write_atomic
 
+from .cir_figures import draw_quality, draw_scores
 from .config import VisualizeConfig
 from .curves import Curve, distinct_names, epochs_of, read_curve
 from .gradcam import Explained, explain, load_classifier
@@ -34,7 +38,8 @@ RUN_STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (
 
 def main(config: VisualizeConfig) -> Path:
     """Draw the figure into `out`, atomically; return its path. Raises UserError for input that cannot be used."""
-    figure = draw_gradcam(config) if config.figure == "gradcam" else draw_losses([Path(run) for run in config.runs])
+    draw = {"gradcam": draw_gradcam, "scores": draw_scores, "quality": draw_quality}
+    figure = draw_losses([Path(r) for r in config.runs]) if config.figure == "losses" else draw[config.figure](config)
     path = Path(config.out) / f"{config.figure}.png"
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     print(f"{path} written", file=sys.stderr)

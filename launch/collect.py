@@ -147,6 +147,8 @@ def read_figures(job: Job) -> tuple[dict[str, float | None], dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         metrics = dict(content["metrics"])
         protocol = dict(metrics.pop("protocol", {}) if trains else content["protocol"])
+        if "scores" in content:
+            metrics["score-OKS Spearman"] = content["scores"]["spearman"]
         return {
             name: _number(name, value)
             for name, value in metrics.items()

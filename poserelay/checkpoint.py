@@ -194,7 +194,7 @@ class InitReport:
     stage: str
     head_copied: bool
     joints_initialised: tuple[str, ...]
-    """Joints whose rows of the head's last layer are not in the file and start from the initialisation."""
+    """Joints whose part of the head is not in the file and starts from the initialisation."""
     auxiliary_initialised: bool = False
     """Whether the auxiliary decoder, which the file lacks, starts from the initialisation."""
     refiner_initialised: bool = False
@@ -219,10 +219,10 @@ class InitReport:
 def init_from(model: nn.Module, path: str | Path) -> InitReport:
     """Start a pose model (`.backbone`, `.head`, `.refiner`, `.skeleton`, `.config`) from an earlier stage's file.
 
-    A backbone hand-off loads exactly its backbone. A pose model's also loads the head; where the skeletons differ, the
-    rows of `head.final_layer` are copied by joint name. CCM's auxiliary decoder, which only training has, may be in one
-    of the two alone: it is left, or starts from the initialisation. So are SCIO's networks, which also start anew where
-    the skeletons' groups differ. Any other missing or unexpected key is a UserError.
+    A backbone hand-off loads exactly its backbone. A pose model's also loads the head; where the skeletons differ, what
+    belongs to a joint (the head's `joint_axes`) is copied by joint name. CCM's auxiliary decoder, which only training
+    has, may be in one of the two alone: it is left, or starts from the initialisation. So are SCIO's networks, which
+    also start anew where the skeletons' groups differ. Any other missing or unexpected key is a UserError.
     """
     state, described = read_export(path)
     backbone: Any = model.backbone
@@ -253,14 +253,16 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
     if config.head is None or described["head"]["name"] != config.head.name:
         found = described["head"]["name"]
         raise UserError(
-            f"{path}: holds a {found} head, the config names {config.head and config.head.name}; use the same head"
+            f"{path}: holds a {found} head, the config names {config.head and config.head.name}; use the same head, or "
+            "start from a backbone alone: the file that this model itself started from or, but for HRNets, its own by "
+            "`python -m poserelay export-weights` and `import-weights`"
         )
     given, own_head = parts["head"], head.state_dict()
     trained, wanted = (any(name.startswith(AUXILIARY) for name in names) for names in (given, own_head))
     if trained and not wanted:
         given = {name: value for name, value in given.items() if not name.startswith(AUXILIARY)}
     source = Skeleton.from_dict(described["skeleton"])
-    copied, missing = rows_by_joint(given, own_head, source, skeleton)
+    copied, missing = parts_by_joint(given, own_head, head.joint_axes, source, skeleton)
     if wanted and not trained:
         copied |= {name: value for name, value in own_head.items() if name.startswith(AUXILIARY)}
     load_exactly(backbone, kept, path)
@@ -279,23 +281,31 @@ def init_from(model: nn.Module, path: str | Path) -> InitReport:
     )
 
 
-def rows_by_joint(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Skeleton, target: Skeleton
+def parts_by_joint(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    source: Skeleton,
+    target: Skeleton,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Reorder the rows of every `final_layer.*` from the joints of `source` to those of `target`, by joint name.
+    """Reorder what belongs to a joint from the joints of `source` to those of `target`, by joint name.
 
-    Returns the state and the joints of `target` that `source` lacks: their rows are `own`'s, the initialisation.
+    axes: of the tensors that hold joints, the dimension that does (`joint_axes` of a head). Returns the state and the
+    joints of `target` that `source` lacks: their parts are `own`'s, the initialisation.
     """
     if source.joints == target.joints:
         return dict(state), ()
     indices = match_joints(source.joints, target.joints)
     result = dict(state)
-    for name in own:
-        last = name.endswith(("final_layer.weight", "final_layer.bias"))
+    for name in state.keys() & own.keys() & axes.keys():
+        # The joints come first, and the other dimensions follow: [K, a joint's part of the dimension, ...].
+        found, fresh = (tensor.cpu().movedim(axes[name], 0) for tensor in (state[name], own[name]))
+        each = len(fresh) // len(target.joints)
         # another width is told by name when the whole head is compared
-        if last and name in state and state[name].shape[1:] == own[name].shape[1:]:
-            rows = [own[name][row] if index is None else state[name][index] for row, index in enumerate(indices)]
-            result[name] = torch.stack([row.cpu() for row in rows])
+        if found.shape == (each * len(source.joints), *fresh.shape[1:]):
+            found, fresh = (tensor.unflatten(0, (-1, each)) for tensor in (found, fresh))
+            parts = [fresh[row] if index is None else found[index] for row, index in enumerate(indices)]
+            result[name] = torch.cat(parts).movedim(0, axes[name])
     return result, tuple(joint for joint, index in zip(target.joints, indices, strict=True) if index is None)
 
 

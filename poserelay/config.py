@@ -117,7 +117,8 @@ class WholeImages:
 
     scales: tuple[float, ...] = (1.0,)
     """Short sides that the image is seen at, as factors on the model's input; score maps are averaged, and so are
-    poses, by their scores. The multi-scale rows have [0.5, 1, 2]; the first one's map is searched for peaks."""
+    poses, by their scores. Peaks are looked for at the scale nearest to 1. Multi-scale rows: [0.5, 1, 2] (readings
+    CIR 6)."""
     max_poses: int = 30
     """Highest peaks of an image that are kept before the NMS."""
     score_threshold: float = 0.01

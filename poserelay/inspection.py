@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import DistalJoints, InspectConfig, ModelConfig, Named
-from .keypoints import load_skeleton
+from .keypoints import Skeleton, load_skeleton
 from .local_search import SelfConstraint
-from .model import PoseModel, build_backbone, build_model
+from .model import PoseModel, build_backbone, build_model, build_single_stage, is_single_stage
 
 
 def main(config: InspectConfig) -> None:
@@ -31,22 +31,25 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
     config leaves it to the data.
 
     Where `config.refiner` is given, both parameter counts include its own, and `refiner_figures` are added; `macs`
-    stays what the heatmaps cost.
+    stays what the heatmaps cost. Of a single-stage model there are `single_stage_figures`.
 
     Raises:
-        UserError: as `build_model`.
+        UserError: as `build_model` or `build_single_stage`.
     """
     # Weights change no figure, and must not be downloaded for one.
     kwargs = {name: value for name, value in config.backbone.kwargs.items() if name != "pretrained"}
     backbone = Named(config.backbone.name, kwargs)
     joints = "coco17 (assumed)" if config.skeleton == "auto" else config.skeleton
+    named = "coco17" if config.skeleton == "auto" else config.skeleton
+    if is_single_stage(config.head):
+        figures = single_stage_figures(replace(config, backbone=backbone), load_skeleton(named))
+        return {**figures, "joints": joints}
     with torch.device("meta"):
         if config.head is None:
             model: nn.Module = build_backbone(backbone)
             joints = None
         else:
-            skeleton = load_skeleton("coco17" if config.skeleton == "auto" else config.skeleton)
-            model = build_model(replace(config, backbone=backbone), skeleton)
+            model = build_model(replace(config, backbone=backbone), load_skeleton(named))
         images = torch.zeros(1, 3, config.input.height, config.input.width)
     model.eval()
     refiner = refiner_figures(model, images) if isinstance(model, PoseModel) and model.refiner else {}
@@ -73,6 +76,39 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
         "output": list((output if isinstance(output, Tensor) else output[-1]).shape[1:]),
         "joints": joints,
         **refiner,
+    }
+
+
+def single_stage_figures(config: ModelConfig, skeleton: Skeleton) -> dict[str, Any]:
+    """Figures of a single-stage model for one image of the input's size; none counts the bilinear sampling.
+
+    `macs` is of the maps, and of no displacement that the maps do not need; `macs_pose` of the displacements at one
+    pixel, which are asked for at the peaks alone. `macs_concatenated` is of every layer at every pixel of the finest
+    map: the general feature from the upsampled, concatenated maps, and all pixels' displacements. So CIR's paper
+    describes it; its "GFLOPs" are this over 10^9, to 1.5 %. `output` is `[1, h, w]`, of the score map.
+    """
+    with torch.device("meta"):
+        model = build_single_stage(config, skeleton).eval()
+        images, pixel = torch.zeros(1, 3, config.input.height, config.input.width), torch.zeros(1, 1, 2)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as of_backbone:
+            levels = model.backbone(images)
+        with FlopCounterMode(display=False) as of_head:
+            maps = model.head(levels)
+        with FlopCounterMode(display=False) as of_pose:
+            model.head.displacements(maps.joints, pixel)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    macs = (of_backbone.get_total_flops() + of_head.get_total_flops()) // 2
+    layers = [module for module in model.head.modules() if isinstance(module, nn.Conv2d)]
+    per_pixel = sum(layer.weight.numel() for layer in layers)
+    return {
+        "parameters_training": parameters,
+        "parameters_inference": parameters,
+        "macs": macs,
+        "macs_deconv_at_output": macs,
+        "macs_pose": of_pose.get_total_flops() // 2,
+        "macs_concatenated": of_backbone.get_total_flops() // 2 + per_pixel * _pixels(maps.score),
+        "output": list(maps.score.shape),
     }
 
 
@@ -107,11 +143,19 @@ def refiner_figures(model: PoseModel, images: Tensor) -> dict[str, int]:
 def format_inspection(figures: dict[str, Any]) -> str:
     """The figures of `inspect_model` as a text of a few lines."""
     joints = f", joints of {figures['joints']}" if figures["joints"] else ", coarsest map of the backbone"
+    macs = (
+        f"as the papers' tables count: {figures['macs_deconv_at_output'] / 2**30:.2f} x 2^30, deconvolutions at output "
+        "resolution"
+    )
+    if "macs_pose" in figures:
+        macs = (
+            f"and {figures['macs_pose'] / 1e6:.4f} M per pose, sampling not counted; as CIR's table counts: "
+            f"{figures['macs_concatenated'] / 1e9:.2f} G, the maps concatenated and a pose at every pixel"
+        )
     lines = [
         f"parameters   {figures['parameters_training'] / 1e6:.2f} M in training, "
         f"{figures['parameters_inference'] / 1e6:.2f} M at inference",
-        f"MACs         {figures['macs'] / 1e9:.2f} G (as the papers' tables count: "
-        f"{figures['macs_deconv_at_output'] / 2**30:.2f} x 2^30, deconvolutions at output resolution)",
+        f"MACs         {figures['macs'] / 1e9:.2f} G ({macs})",
         f"output       {' x '.join(map(str, figures['output']))}{joints}",
     ]
     if "parameters_refiner" in figures:

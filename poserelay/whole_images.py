@@ -6,6 +6,7 @@ so that averaging and going back are the same for all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -80,17 +81,21 @@ def decode_views(
 ) -> Found:
     """What `find_poses` returns and raises, from the maps of each view.
 
-    The score maps are averaged on the first view's pixels. A pose is the mean of what the views predict at the pixel
-    nearest to its peak, weighted by the views' own scores there.
+    The score maps are averaged on the pixels of the scale nearest to 1. A pose is the mean of what the views predict
+    at the pixel nearest to its peak, weighted by the views' own scores there.
     """
-    first, stride = views[0], model.stride
-    own = maps[0].confidence.float()
+    scales, stride = decoding.whole.scales, model.stride
+    nearest = min(range(len(scales)), key=lambda number: abs(math.log(scales[number])))
+    base = nearest * (2 if decoding.flip else 1)
+    own = maps[base].confidence.float()
     height, width = own.shape[-2:]
     grid = pixel_grid(height, width, own.device).double() * stride
-    places = apply(invert(first.affine), grid[None].expand(len(own), -1, -1))  # image pixels of the map's pixels
-    scores = [own] + [
-        at(apply(view.affine, places) / stride, found.confidence.float()).unflatten(1, (height, width))
-        for view, found in zip(views[1:], maps[1:], strict=True)
+    places = apply(invert(views[base].affine), grid[None].expand(len(own), -1, -1))  # image pixels of the map's pixels
+    scores = [
+        own
+        if number == base
+        else at(apply(view.affine, places) / stride, found.confidence.float()).unflatten(1, (height, width))
+        for number, (view, found) in enumerate(zip(views, maps, strict=True))
     ]
     mean = torch.stack(scores).mean(0)
     if not torch.isfinite(mean).all():

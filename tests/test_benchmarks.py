@@ -48,3 +48,20 @@ def test_benchmark(
     assert figures["ours"] > 0
     assert figures["peer"] > 0
     assert figures["ratio"] == pytest.approx(figures["ours"] / figures["peer"], rel=0.05)
+
+
+def test_single_stage_has_a_line_for_each_figure(
+    people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each after its own check: the persons put into the maps are found, the targets are the loop's."""
+    data = ["--annotations", str(people / "annotations.json"), "--images", str(people / "images"), "--samples", "2"]
+    small = ["--backbone", "resnet18", "--size", "128", "--persons", "1", "3", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["single_stage.py", *small, *data, "--json"])
+    runpy.run_path(str(ROOT / "benchmarks" / "single_stage.py"), run_name="__main__")
+    lines = {line["figure"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(lines) == ["postprocessing", "targets", "inference", "head", "loader"]
+    for name, line in lines.items():
+        ratio = line["ours"] / line["peer"]
+        assert line["ratio"] == pytest.approx(1 / ratio if name in ("targets", "head") else ratio)
+    assert lines["targets"]["pixels"] > 22 * 20
+    assert lines["head"]["peak_mib"]["ours"] < lines["head"]["peak_mib"]["peer"]

@@ -23,8 +23,8 @@ from poserelay.checkpoint import (
     init_from,
     load_exactly,
     load_resume,
+    parts_by_joint,
     read_export,
-    rows_by_joint,
     save_resume,
     upstream_of,
     verify_handoff,
@@ -34,7 +34,14 @@ from poserelay.command import to_plain
 from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.errors import UserError
 from poserelay.keypoints import Skeleton, load_skeleton
-from poserelay.model import PoseModel, build_backbone, build_model, load_model
+from poserelay.model import (
+    PoseModel,
+    SingleStageModel,
+    build_backbone,
+    build_model,
+    build_single_stage,
+    load_model,
+)
 from poserelay.run import is_finished, open_run
 from pretrain.__main__ import main as pretrain
 
@@ -46,7 +53,7 @@ def config(skeleton: str = "coco17", head: Named = SMALL) -> ModelConfig:
     return ModelConfig(BACKBONE, head, None, skeleton, InputConfig(height=64, width=64))
 
 
-def export(model: PoseModel, path: Path, **changes: object) -> Path:
+def export(model: PoseModel | SingleStageModel, path: Path, **changes: object) -> Path:
     described = describe(
         stage="finetune",
         method="simple",
@@ -149,15 +156,128 @@ def test_the_auxiliary_decoder_may_be_in_one_of_two_models_alone(tmp_path: Path)
 
 @given(data=st.data())
 @settings(deadline=None)
-def test_rows_by_joint_on_any_skeletons(data: st.DataObject) -> None:
+def test_parts_by_joint_on_any_skeletons(data: st.DataObject) -> None:
     names = [f"joint{index}" for index in range(8)]
     source = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     target = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-    state = {"final_layer.weight": torch.arange(len(source))[:, None], "final_layer.bias": torch.arange(len(source))}
-    own = {"final_layer.weight": -torch.ones(len(target), 1), "final_layer.bias": -torch.ones(len(target))}
-    copied, missing = rows_by_joint(state, own, Skeleton("a", tuple(source)), Skeleton("b", tuple(target)))
-    assert copied["final_layer.bias"].tolist() == [source.index(j) if j in source else -1 for j in target]
+    state = {
+        "rows": torch.arange(len(source)),
+        "pairs": torch.stack([torch.arange(2) + 10 * row for row in range(len(source))]).flatten().expand(3, -1),
+        "all": torch.ones(5),
+    }
+    own = {"rows": -torch.ones(len(target)), "pairs": -torch.ones(3, 2 * len(target)), "all": torch.zeros(5)}
+    axes = {"rows": 0, "pairs": 1, "elsewhere": 0}
+    copied, missing = parts_by_joint(state, own, axes, Skeleton("a", tuple(source)), Skeleton("b", tuple(target)))
+    expected = [source.index(joint) if joint in source else -1 for joint in target]
+    assert copied["rows"].tolist() == expected
+    pairs = [entry for row in expected for entry in ((-1, -1) if row == -1 else (10 * row, 10 * row + 1))]
+    assert copied["pairs"].tolist() == [pairs] * 3
+    assert copied["all"] is state["all"]
     assert list(missing) == [joint for joint in target if joint not in source]
+
+
+def single_stage(skeleton: Skeleton, **kwargs: object) -> SingleStageModel:
+    """With weights and statistics of a size that shows."""
+    head = Named("cir", {"general_channels": 8, "joint_channels": 4, "instance_channels": 6, "points": 2, **kwargs})
+    model = build_single_stage(ModelConfig(BACKBONE, head, None, skeleton.name, InputConfig(64, 64)), skeleton)
+    for name, value in model.head.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5 if name.endswith("running_var") else 0.3 * torch.randn_like(value))
+    return model.eval()
+
+
+CONSTRUCTIONS = [
+    {},
+    {"pose_query": "automatic", "quality": True},
+    {"pose_query": "keypoint", "points": 0},
+    {"pose_query": "none", "kqe": False},
+]
+
+
+@pytest.mark.parametrize("kwargs", CONSTRUCTIONS, ids=str)
+def test_a_single_stage_model_follows_its_joints(kwargs: dict[str, object], tmp_path: Path) -> None:
+    """With the joints in another order it says the same, and nothing of a joint is left behind or mixed up."""
+    torch.manual_seed(0)
+    coco = load_skeleton("coco17")
+    order = torch.randperm(17).tolist()
+    turned = Skeleton("turned", tuple(coco.joints[index] for index in order))
+    source, target = single_stage(coco, **kwargs), single_stage(turned, **kwargs)
+    file = export(source, tmp_path / "a.safetensors")
+    assert init_from(target, file).news == []
+    images, pixels = torch.randn(2, 3, 64, 64), torch.tensor([[[3.0, 5.0], [8.0, 1.0]]]).expand(2, -1, -1)
+    with torch.inference_mode():
+        maps, found = source(images, pixels)
+        maps_of_turned, found_of_turned = target(images, pixels)
+    assert maps.score.std() > 0.01
+    assert found.std() > 0.01
+    torch.testing.assert_close(maps_of_turned.confidence, maps.confidence)
+    torch.testing.assert_close(found_of_turned, found[:, :, order])
+
+
+@pytest.mark.parametrize("kwargs", CONSTRUCTIONS, ids=str)
+def test_a_single_stage_model_goes_to_other_joints(kwargs: dict[str, object], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    coco, crowdpose = load_skeleton("coco17"), load_skeleton("crowdpose14")
+    source, target = single_stage(coco, **kwargs), single_stage(crowdpose, **kwargs)
+    fresh = {name: value.clone() for name, value in target.head.state_dict().items()}
+    report = init_from(target, export(source, tmp_path / "a.safetensors"))
+    assert set(report.joints_initialised) == set(crowdpose.joints) - set(coco.joints)
+    assert len(report.joints_initialised) == 2
+    images, pixels = torch.randn(1, 3, 64, 64), torch.tensor([[[3.0, 5.0]]])
+    with torch.inference_mode():
+        (_, found), (_, again) = source(images, pixels), target(images, pixels)
+    shared = [joint for joint in crowdpose.joints if joint in coco.joints]
+    ours, theirs = ([skeleton.joints.index(joint) for joint in shared] for skeleton in (crowdpose, coco))
+    torch.testing.assert_close(again[:, :, ours], found[:, :, theirs])
+    bias = target.head.state_dict()["to_keypoint.bias"].unflatten(0, (14, 2))
+    for joint in report.joints_initialised:
+        row = crowdpose.joints.index(joint)
+        assert torch.equal(bias[row], fresh["to_keypoint.bias"].unflatten(0, (14, 2))[row])
+    for name in ("general.0.weight", "instance.0.weight", "score.weight"):
+        assert torch.equal(target.head.state_dict()[name], source.head.state_dict()[name])
+
+
+def test_a_single_stage_model_starts_from_its_own_file_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, target = (single_stage(load_skeleton("coco17"), quality=True) for _ in range(2))
+    assert init_from(target, export(source, tmp_path / "a.safetensors")).news == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value)
+    narrow = single_stage(load_skeleton("crowdpose14"), quality=True, joint_channels=3)
+    with pytest.raises(UserError, match=r"joint_features\.0\.weight is .* with the same kwargs"):
+        init_from(narrow, tmp_path / "a.safetensors")
+
+
+def test_a_single_stage_model_starts_from_a_pretrained_backbone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(BACKBONE)
+    described = describe(
+        stage="pretrain",
+        method="mscl",
+        model={"backbone": to_plain(BACKBONE), "input": to_plain(InputConfig(224, 224))},
+        skeleton=None,
+        config={},
+        upstream=None,
+        metrics={},
+    )
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    write_export(tmp_path / "a.safetensors", state, described)
+    model = single_stage(load_skeleton("coco17"))
+    before = {name: value.clone() for name, value in model.head.state_dict().items()}
+    report = init_from(model, tmp_path / "a.safetensors")
+    assert (report.stage, report.head_copied) == ("pretrain", False)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+    for name, value in before.items():
+        assert torch.equal(model.head.state_dict()[name], value)
+
+
+def test_top_down_and_single_stage_models_do_not_start_from_each_other(tmp_path: Path) -> None:
+    top_down, whole = build_model(config()), single_stage(load_skeleton("coco17"))
+    with pytest.raises(UserError, match=r"holds a simple head, the config names cir; .* from a backbone alone"):
+        init_from(whole, export(top_down, tmp_path / "a.safetensors"))
+    with pytest.raises(UserError, match=r"holds a cir head, the config names simple; .* export-weights` and `import"):
+        init_from(top_down, export(whole, tmp_path / "b.safetensors"))
 
 
 @pytest.mark.slow

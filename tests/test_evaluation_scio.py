@@ -152,7 +152,7 @@ def test_joints_of_the_report_are_those_of_the_written_predictions(
     paths = {"checkpoint": str(folder / "plain.safetensors"), "images": str(folder / "images")}
     settings = {"decoding": ANYWHERE, "out": str(tmp_path), "workers": 0, "device": "cpu", "json": True}
     report = testing.main(fields.TestConfig(annotations=str(tmp_path / "annotations.json"), **paths, **settings))
-    assert report.keys() == {"metrics", "protocol", "joints"}
+    assert report.keys() == {"metrics", "protocol", "joints", "scores"}
     assert json.loads(capsys.readouterr().out) == report == json.loads((tmp_path / "metrics.json").read_text())
     predictions = json.loads((tmp_path / "predictions.json").read_text())
     skeleton = load_skeleton("coco17")

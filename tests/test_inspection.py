@@ -95,6 +95,61 @@ def test_a_backbone_costs_what_torchvision_publishes(name: str) -> None:
     assert (figures["macs"] + 1000 * width) / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
 
 
+def dekr_head(channels: int, width: int) -> tuple[int, int]:
+    """Parameters and multiply-accumulates per pixel of the head of CIR's parent, for 17 joints, layer by layer."""
+    block = 15 * 15 * 9 + 15 * 4 * 9 + 15 * 2 * 9  # of one joint: features, and where they are read
+    weights = channels * width + 2 * width * width * 9 + width * 18 + channels * 17 * 15 + 17 * (2 * block + 15 * 2)
+    norms_and_biases = 3 * 2 * width + 18 + 2 * 17 * 15 + 17 * (2 * (4 + 2 + 2 * 15) + 2)
+    return weights + norms_and_biases, weights
+
+
+def single_stage(backbone: str, side: int, **kwargs: object) -> ModelConfig:
+    return ModelConfig(Named(backbone), Named("cir", kwargs), skeleton="coco17", input=InputConfig(side, side))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "channels", "parameters", "gflops", "parent"),
+    [
+        ("hrnet_w32", 512, [32, 64, 128, 256], 29.7, 46.4, (32, 29.6, 45.4)),
+        ("hrnet_w48", 640, [48, 96, 192, 384], 65.8, 143.4, (48, 65.7, 141.5)),
+    ],
+)
+def test_cir_costs_what_its_table_prints(
+    backbone: str, side: int, channels: list[int], parameters: float, gflops: float, parent: tuple[int, float, float]
+) -> None:
+    """The parent's row, with its head counted by hand, says what "GFLOPs" are: multiply-accumulates over 10^9."""
+    figures = inspect_model(single_stage(backbone, side))
+    assert figures["output"] == [1, side // 4, side // 4]
+    assert figures["parameters_inference"] == figures["parameters_training"]
+    assert figures["parameters_training"] / 1e6 == pytest.approx(parameters, rel=0.003)
+    joints, pixels = 17, (side // 4) ** 2
+    pose = joints * 15 * (2 * 9 + 2)
+    branches = 256 * joints * 15 + joints * 15 * 2 + 256 * 32 + joints * 32 * 32 * 9 + 32
+    concatenated = sum(channels) * 256
+    before = sum(width * 256 * pixels // 4**level for level, width in enumerate(channels))
+    norms_and_biases = 2 * (256 + joints * 15 + 32 + 32) + joints * (2 + 18 + 2) + 1
+    head = concatenated + branches + pose + norms_and_biases
+    assert figures["macs_pose"] == pose
+    of_backbone = figures["macs"] - before - branches * pixels
+    assert figures["macs_concatenated"] == of_backbone + (concatenated + branches + pose) * pixels
+    assert figures["macs_concatenated"] / 1e9 == pytest.approx(gflops, rel=0.016)
+    width, its_parameters, its_gflops = parent
+    its_head, per_pixel = dekr_head(sum(channels), width)
+    assert (head - its_head) / 1e6 == pytest.approx(0.1, abs=0.05)
+    assert (figures["parameters_training"] - head + its_head) / 1e6 == pytest.approx(its_parameters, abs=0.05)
+    assert (of_backbone + per_pixel * pixels) / 1e9 == pytest.approx(its_gflops, abs=0.05)
+
+
+def test_displacements_count_where_the_maps_need_them() -> None:
+    plain, keypoint = (inspect_model(single_stage("resnet18", 64, pose_query=query)) for query in ("query", "keypoint"))
+    assert keypoint["macs"] - plain["macs"] == 16 * 16 * plain["macs_pose"]
+    assert keypoint["macs_concatenated"] == plain["macs_concatenated"]
+    text = format_inspection(plain)
+    assert "0.0051 M per pose" in text
+    assert "1 x 16 x 16, joints of coco17" in text
+    assert "deconvolutions" not in text
+
+
 def test_a_deconvolution_spreads_each_input_pixel_and_is_printed_per_output_pixel() -> None:
     model, backbone = inspect_model(pose("resnet18", "simple")), inspect_model(ModelConfig(Named("resnet18")))
     kernels = [512 * 256 * 16, 256 * 256 * 16, 256 * 256 * 16]

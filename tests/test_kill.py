@@ -21,7 +21,7 @@ from .processes import finish, kill, start
 from .test_training import STAGES, assert_same_run, pretrain_arguments
 
 # CCM is trained by fine-tuning's loop, which writes its files: what it adds, phases, is killed at random moments alone.
-LOOPS = [stage for stage in STAGES if stage != "ccm"]
+LOOPS = [stage for stage in STAGES if stage not in ("ccm", "cir")]
 
 
 def kill_when(process: int, seen: Callable[[], bool], seconds: float = 60) -> bool:
@@ -69,7 +69,8 @@ def test_killed_while_a_file_is_replaced(people: Path, tmp_path: Path, stage: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "workers"), [*itertools.product(("finetune", "pretrain", "semi"), "02"), ("contrast", "2"), ("ccm", "2")]
+    ("stage", "workers"),
+    [*itertools.product(("finetune", "pretrain", "semi"), "02"), ("contrast", "2"), ("ccm", "2"), ("cir", "2")],
 )
 def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, workers: str) -> None:
     main, arguments = STAGES[stage]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from poserelay.oks import fuse_poses, nms, oks, soft_nms
+from poserelay.oks import fuse_poses, nms, oks, oks_of_pairs, soft_nms
 
 SIGMAS = torch.linspace(0.025, 0.107, 17, dtype=torch.float64)
 Poses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -83,6 +83,38 @@ def test_oks_ignores_unlabelled_joints() -> None:
     truth = torch.tensor([[[0.0, 0.0], [math.nan, math.nan]], [[0.0, 0.0], [0.0, 0.0]]])
     visibility = torch.tensor([[2, 0], [0, 0]])
     assert oks(torch.zeros(1, 2, 2), truth, torch.tensor([9.0, 9.0]), [0.1, 0.1], visibility).tolist() == [[1, 0]]
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 2**31))
+def test_oks_of_pairs_is_each_pair_joint_by_joint(seed: int) -> None:
+    """CIR's Eq. 1, of what several pixels predict for each person of several images; a person may have no joint."""
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(0, 60, (2, 3, 1, 17, 2))
+    predicted = truth + rng.normal(0, rng.choice([0.0, 2.0, 9.0]), (2, 3, 4, 17, 2))
+    areas, visibility = rng.uniform(50, 900, (2, 3, 1)), rng.integers(0, 3, (2, 3, 1, 17))
+    visibility[0, 0] = 0
+    a, b, scale, labels = (torch.from_numpy(array) for array in (predicted, truth, areas, visibility))
+    found = oks_of_pairs(a, b, scale, SIGMAS, labels)
+    assert found.shape == (2, 3, 4)
+    for image, person, pixel in np.ndindex(2, 3, 4):
+        terms = []
+        for joint, sigma in enumerate(SIGMAS.tolist()):
+            if visibility[image, person, 0, joint] > 0:
+                x, y = predicted[image, person, pixel, joint] - truth[image, person, 0, joint]
+                terms.append(math.exp(-(x**2 + y**2) / (2 * areas[image, person, 0] * (2 * sigma) ** 2)))
+        expected = sum(terms) / len(terms) if terms else 0
+        assert found[image, person, pixel].item() == pytest.approx(expected, rel=1e-12)
+    one, other, area, labelled = (torch.from_numpy(array[1, 1]) for array in (predicted, truth, areas, visibility))
+    expected = oks(one, other, area, SIGMAS, labelled)[:, 0]
+    torch.testing.assert_close(found[1, 1], expected, rtol=1e-12, atol=0)
+
+
+def test_oks_of_pairs_takes_no_harm_from_unlabelled_joints_and_no_area() -> None:
+    truth = torch.tensor([[[3.0, 4.0], [math.nan, math.nan]], [[3.0, 4.0], [5.0, 5.0]]])
+    predicted = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).expand(2, 2, 2)
+    visibility = torch.tensor([[1, 0], [2, 2]])
+    assert oks_of_pairs(predicted, truth, torch.tensor([0.0, 0.0]), [0.1, 0.1], visibility).tolist() == [1, 0.5]
 
 
 @settings(deadline=None)

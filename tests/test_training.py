@@ -104,6 +104,23 @@ def ccm_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
     return write(run_dir, config, more)
 
 
+def cir_single_stage(arguments: list[str]) -> int:
+    return finetune(["cir", *arguments])
+
+
+def cir_arguments(people: Path, run_dir: Path, *more: str) -> list[str]:
+    """A single-stage model with its quality branch, of some persons: the others are regions of no label."""
+    plain = yaml.safe_load(Path(finetune_arguments(people, run_dir)[1]).read_text())
+    head = {"name": "cir", "kwargs": {"general_channels": 16, "joint_channels": 4, "quality": True}}
+    config = {
+        **plain,
+        "model": {**plain["model"], "head": head},
+        "labels": {"count": 12, "by": "persons"},
+        "optim": {"batch_size": 3, "lr_batch": 3, "epochs": 2, "drops": [1]},
+    }
+    return write(run_dir, config, more)
+
+
 def write(run_dir: Path, config: dict, more: tuple[str, ...]) -> list[str]:
     file = run_dir.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
@@ -116,6 +133,7 @@ STAGES = {
     "contrast": (pretrain, contrast_arguments),
     "semi": (semi, semi_arguments),
     "ccm": (finetune, ccm_arguments),
+    "cir": (cir_single_stage, cir_arguments),
 }
 
 
@@ -310,7 +328,8 @@ def test_unreadable_pictures_are_replaced_counted_and_limited(
     damaged: Path, tmp_path: Path, stage: tuple[Stage, Callable[..., list[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, arguments = stage
-    every = ("--labels.count", "24") if main is finetune else ()
+    labelled = main in (finetune, cir_single_stage)
+    every = ("--labels.count", "24", "--labels.by", "images") if labelled else ()
     assert main(arguments(damaged, tmp_path / "lenient", *every, "--max_unreadable", "0.5")) == 0
     rows = [row for row in read_metrics(tmp_path / "lenient/metrics.jsonl") if row["kind"] == "train"]
     assert max(row["unreadable"] for row in rows) >= 2

@@ -306,7 +306,10 @@ def test_a_file_without_a_classifier_says_how_to_train_one(
         (["--figure", "gradcam"], "checkpoints is missing"),
         (["--figure", "gradcam", "--checkpoints", "[{file}]"], "images is missing"),
         (["--figure", "losses"], "runs is missing"),
-        (["--figure", "losses", "--runs", "[x]", "--images", "y"], "images is of figure gradcam; leave it out"),
+        (
+            ["--figure", "losses", "--runs", "[x]", "--images", "y"],
+            "images is of figure gradcam or quality; leave it out",
+        ),
         (["--figure", "tsne"], "figure"),
         (["--figure", "losses", "--runs", "[nowhere]"], "nowhere/config.yaml: cannot be read"),
         (["--figure", "losses", "--runs", "[{root}/begun]"], "begun: no training loss over epochs"),

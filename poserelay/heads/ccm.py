@@ -6,6 +6,7 @@ Eq. and section numbers are the paper's; readings CCM 1 and 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class CCMHead(nn.Module):
 
     level = -1
     """The one of the backbone's maps that is read."""
+    joint_axes: ClassVar[dict[str, int]] = {
+        f"{decoder}final_layer.{part}": 0 for decoder in ("", "auxiliary.") for part in ("weight", "bias")
+    }
+    """As `DeconvHead.joint_axes`."""
 
     def __init__(
         self,

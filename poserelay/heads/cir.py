@@ -7,6 +7,7 @@ readings CIR 1 to 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,6 +131,13 @@ class CIRHead(nn.Module):
             # Points that start at one place would all get the same gradient and never part.
             nn.init.normal_(self.to_points.bias)  # pyright: ignore[reportArgumentType]
 
+    @property
+    def joint_axes(self) -> dict[str, int]:
+        """As `DeconvHead.joint_axes`."""
+        branches = ("joint_features.", "to_query.", "to_points.", "to_keypoint.", "automatic.")
+        axes = {name: 0 for name, value in self.state_dict().items() if name.startswith(branches) and value.dim()}
+        return axes if self.pose_query == "none" else {**axes, "pose.0.weight": 1}
+
     def forward(self, levels: Sequence[Tensor]) -> CIRMaps:
         """Turn the backbone's maps, fine to coarse, into the score map and what `displacements` reads."""
         size = levels[0].shape[-2:]
@@ -196,7 +204,7 @@ class CIRHead(nn.Module):
     @staticmethod
     def _displacement(layer: Any, features: Tensor) -> Tensor:
         """A layer whose answer is in pixels, of which half precision would keep too few digits."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return layer(features.float())
 
     def _at_points(self, layer: Any, features: Tensor) -> Tensor:
@@ -212,11 +220,16 @@ def sample(maps: Tensor, places: Tensor) -> Tensor:
     """
     size = torch.tensor([maps.shape[-1], maps.shape[-2]], device=places.device)
     grid = (2 * places + 1) / size - 1
-    with torch.autocast(maps.device.type, enabled=False):
+    with full_precision(maps.device):
         found = functional.grid_sample(
             maps.flatten(0, 1).float(), grid.flatten(0, 1)[:, :, None].float(), align_corners=False
         )
     return found[..., 0].unflatten(0, maps.shape[:2])
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off inside; the meta device, on which `inspection` runs a model, knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def pixel_grid(height: int, width: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ class HRNetHead(nn.Module):
     """The one of the backbone's maps that is read."""
     upsampling = 1
     """Heatmap pixels per pixel of the map that is read."""
+    joint_axes: ClassVar[dict[str, int]] = {"final_layer.weight": 0, "final_layer.bias": 0}
+    """As `DeconvHead.joint_axes`."""
 
     def __init__(self, in_channels: Sequence[int], num_joints: int) -> None:
         super().__init__()

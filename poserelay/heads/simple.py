@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -24,6 +24,8 @@ class DeconvHead(nn.Module):
 
     level = -1
     """The one of the backbone's maps that is read."""
+    joint_axes: ClassVar[dict[str, int]] = {"final_layer.weight": 0, "final_layer.bias": 0}
+    """Dimension of a tensor of the state that holds the joints, each an equal part of it, by the tensor's name."""
 
     def __init__(
         self,

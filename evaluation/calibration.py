@@ -1,0 +1,82 @@
+"""How well the scores of poses tell how good they are: against their true OKS (CIR, Fig. 1 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+
+from poserelay.datasets.coco import read_json
+from poserelay.keypoints import Skeleton
+from poserelay.oks import oks_of_pairs
+from poserelay.scoring import Truth, order_of_file, results_that_count
+
+from .joint_accuracy import oks_areas
+
+NOT_MEASURED: dict[str, Any] = {"spearman": None, "pearson": None, "poses": 0}
+"""`calibration` where there is no truth."""
+
+
+def calibration(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> dict[str, Any]:
+    """{"spearman", "pearson", "poses"}: the coefficients of score and `true_oks` over the results that count.
+
+    `results` are valid and in the joints that are scored. A coefficient is None where it is not defined: of fewer than
+    two poses, and where all have one score or one OKS.
+    """
+    counting = results_that_count(truth, results)
+    return correlation(scores_of(counting), true_oks(truth, counting, skeleton))
+
+
+def correlation(scores: np.ndarray, oks: np.ndarray) -> dict[str, Any]:
+    """`calibration` of scores `[N]` and OKS `[N]`."""
+    if len(scores) < 2 or not np.ptp(scores) or not np.ptp(oks):
+        return {**NOT_MEASURED, "poses": len(scores)}
+    ranked: Any = spearmanr(scores, oks)
+    linear: Any = pearsonr(scores, oks)
+    return {"spearman": float(ranked.statistic), "pearson": float(linear.statistic), "poses": len(scores)}
+
+
+def scores_of(results: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """`[N]` float64."""
+    return np.array([record["score"] for record in results], dtype=np.float64)
+
+
+def true_oks(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> np.ndarray:
+    """The greatest OKS `[N]` of each result with any person of its image; 0 where the image has none.
+
+    Persons are those with a label that counts and no crowd, their areas those of `scoring.oks_metrics`. A person may
+    be the best of several poses: a score is to tell how good a pose is, not whether another is as good.
+    """
+    counted, joints = truth.counted, len(truth.counted.joints)
+    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, counted.joints)]
+    areas = oks_areas(counted, read_json(counted.path))
+    rows = {image_id: row for row, image_id in enumerate(counted.image_ids)}
+    image = np.array([rows[record["image_id"]] for record in results], dtype=np.int64)
+    triples = np.array([record["keypoints"] for record in results], dtype=np.float64).reshape(-1, joints, 3)
+    poses = torch.from_numpy(triples[..., :2])
+
+    persons = counted.persons[np.argsort(counted.image_index[counted.persons], kind="stable")]
+    count = np.bincount(counted.image_index[persons], minlength=len(rows))
+    first = np.cumsum(count) - count
+    best = np.zeros(len(results))
+    # The first persons of all images at once, then the second ones: as many steps as the fullest image has persons.
+    for place in range(count.max(initial=0)):
+        having = np.flatnonzero(count[image] > place)
+        its = persons[first[image[having]] + place]
+        keypoints, area, visibility = (
+            torch.from_numpy(values[its]) for values in (counted.keypoints, areas, counted.visibility)
+        )
+        similar = oks_of_pairs(poses[having], keypoints, area, sigmas, visibility)
+        best[having] = np.maximum(best[having], similar.numpy())
+    return best
+
+
+def format_scores(scores: Mapping[str, Any]) -> str:
+    """One line."""
+    shown = {name: "-" if scores[name] is None else f"{scores[name]:+.4f}" for name in ("spearman", "pearson")}
+    return (
+        f"score against true OKS: Spearman {shown['spearman']}, Pearson {shown['pearson']} over {scores['poses']} poses"
+    )
