@@ -28,6 +28,10 @@ LESS = {
         "--threads",
         "1",
     ],
+    "finetune cir": [
+        *("--optim.steps", "2", "--optim.drops", "[]", "--optim.batch_size", "2", "--labels.count", "4"),
+        *("--workers", "0", "--threads", "1"),
+    ],
     "semi": [
         *("--optim.steps", "2", "--optim.batch_size", "2", "--optim.unlabelled_batch_size", "2", "--threads", "1"),
         *("--labels.ratio", "0.5", "--workers", "0", "--icon.channels", "8"),
@@ -74,7 +78,7 @@ def test_every_command_runs(
         python, flag, module, *arguments = shlex.split(command)
         assert (python, flag) == ("python", "-m"), command
         main = import_module(f"{module}.__main__").main
-        less = LESS.get(module) or LESS.get(f"{module} {arguments[0]}", [])
+        less = LESS.get(f"{module} {arguments[0]}") or LESS.get(module, [])
         if module == "launch" and arguments[0] == "--config":
             less = LAUNCHES[arguments[1]]
         if "--labels.file" in arguments:
