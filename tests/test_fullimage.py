@@ -14,6 +14,7 @@ from PIL import Image
 
 from poserelay.batch import ImageBatch
 from poserelay.config import ImageAugmentation
+from poserelay.datasets import fullimage
 from poserelay.datasets.coco import CocoAnnotations, read_coco
 from poserelay.datasets.fullimage import (
     FullImageDataset,
@@ -143,6 +144,45 @@ def test_jitter_changes_colours_and_nothing_else(folder: Path, labels: CocoAnnot
     same = (still.image == 20).all(0)
     assert same.sum() > 1000
     assert np.ptp(coloured.image[:, same], axis=1).max() == 0
+
+
+def test_jitter_comes_in_every_order_and_within_its_strengths(
+    folder: Path, labels: CocoAnnotations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[tuple[str, float], ...]] = []
+
+    def remember(view: np.ndarray, jitter: tuple[tuple[str, float], ...], **_: Any) -> np.ndarray:
+        seen.append(jitter)
+        return view
+
+    monkeypatch.setattr(fullimage, "jitter_colour", remember)
+    augmentation = ImageAugmentation(jitter=(0.4, 0.0, 0.3, 0.1))
+    dataset = FullImageDataset(labels, folder, SKELETON, SIZE, augmentation=augmentation)
+    for epoch in range(120):
+        drawn(dataset, 0, epoch)
+    assert len({tuple(name for name, _ in jitter) for jitter in seen}) == 6  # of three, contrast being off
+    for name, low, high in (("brightness", 0.6, 1.4), ("saturation", 0.7, 1.3), ("hue", -0.1, 0.1)):
+        factors = [dict(jitter)[name] for jitter in seen]
+        assert low <= min(factors) < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < max(factors) <= high
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 33), (2, 3000), (3000, 8)])
+def test_crops_of_tiny_and_endless_images(tmp_path: Path, height: int, width: int) -> None:
+    Image.new("RGB", (width, height), (200, 200, 200)).save(tmp_path / "a.png")
+    person = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, width, height], "area": height * width}
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "height": height, "width": width}],
+        "annotations": [person | {"keypoints": [width / 2, height / 2, 2], "num_keypoints": 1, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "toy", "keypoints": ["nose"]}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    dataset = FullImageDataset(read_coco(tmp_path / "a.json"), tmp_path, SKELETON, SIZE, augmentation=STRONG)
+    record = drawn(dataset, 0, 1)
+    assert record.image.shape == (3, SIZE, SIZE)
+    assert record.image.max() > 100
+    assert np.abs(record.keypoints[0, 0] - SIZE / 2).max() <= 20  # the middle of the image, shifted
+    assert np.isfinite(record.areas).all()
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone(folder: Path, labels: CocoAnnotations) -> None:

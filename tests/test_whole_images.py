@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from poserelay.batch import PyramidBatch
 from poserelay.config import Decoding, InputConfig, ModelConfig, Named, WholeImages
 from poserelay.datasets.coco import read_coco
 from poserelay.datasets.fullimage import PyramidDataset, collate_pyramids, pyramid
@@ -27,7 +28,7 @@ from poserelay.errors import CheckFailed, UnreadableImage
 from poserelay.heads.cir import CIRMaps, JointMaps
 from poserelay.keypoints import Skeleton
 from poserelay.model import SingleStageModel
-from poserelay.whole_images import find_poses, predict_dataset, predict_whole, protocol
+from poserelay.whole_images import apply, decode_views, find_poses, predict_dataset, predict_whole, protocol, views_of
 
 SKELETON = Skeleton(
     name="toy",
@@ -45,6 +46,7 @@ SCENES: dict[int, np.ndarray] = {  # [N, K, 2], image pixels; the model is sures
     125: 1.5 * BODY + np.array([[[30.0, 90.4]]]),
     130: np.zeros((0, 4, 2)),
     135: BODY + np.array([[[x, y]] for y in (20.0, 50.0, 80.0) for x in (20.0, 55.0, 90.0, 125.0)]),
+    140: BODY + np.array([[[60.0, 35.0]], [[68.0, 35.0]]]),  # 2.7 map pixels apart at scale 1
 }
 FLIP, SCALES, BOTH = (
     Decoding(flip=flip, whole=WholeImages(scales=scales))
@@ -130,6 +132,7 @@ class Head(nn.Module):
         return places if across[0] > 0 else places[:, list(SKELETON.flip_index)]
 
     def displacements(self, maps: JointMaps, pixels: Tensor) -> Tensor:
+        assert pixels.equal(pixels.round())  # the network answers at its maps' pixels
         apart = (maps.features.mean(2)[:, None] - pixels[:, :, None].double()).square().sum(-1)  # [B, P, N]
         nearest = apart.argmin(-1)[..., None, None].expand(-1, -1, *maps.features.shape[2:])
         found = maps.features.gather(1, nearest) - pixels[:, :, None]
@@ -199,6 +202,58 @@ def test_a_batch_is_its_images_one_by_one(decoding: Decoding) -> None:
         np.testing.assert_allclose(poses_of(together, number), SCENES[scene], atol=0.1)
         scores = [record["score"] for record in together if record["image_id"] == number]
         assert scores == pytest.approx([record["score"] for record in alone], abs=1e-3)
+
+
+def test_a_mirrored_view_looks_at_the_same_places() -> None:
+    """Its map pixels, each at the input pixel of its number times the stride, are the mirrored ones of the image."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 64, 96)).astype(np.uint8))
+    affine = torch.tensor([[[0.8, 0.0, -0.1], [0.0, 0.8, -0.1]]], dtype=torch.float64)
+    batch = PyramidBatch([images], [affine], torch.tensor([[80.0, 120.0]]), [0])
+    for stride in (1, 2, 4):
+        plain, other = views_of(batch, True, stride)
+        assert plain.images.equal(images)
+        assert other.images[..., ::stride].equal(images[..., ::stride].flip(-1))
+        place = torch.tensor([[7.0, 9.0]], dtype=torch.float64)
+        (across, down), (back, same) = (apply(view.affine[0], place)[0].tolist() for view in (plain, other))
+        assert back / stride == pytest.approx(96 / stride - 1 - across / stride)
+        assert same == down
+    assert len(views_of(batch, False, 4)) == 1
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_views_count_by_their_scores(share: float) -> None:
+    """By hand: of 96 x 96 pixels a peak of 0.9 at map pixel (10, 7), and 0.3 at its mirror image (23 - 10, 7).
+
+    The same of the double scores times an estimated quality of 0.5.
+    """
+    batch = collate_pyramids([pyramid(np.zeros((96, 96, 3), dtype=np.uint8), SIZE, (1.0,), 0)])
+    views = views_of(batch, True, STRIDE)
+    maps, poses = [], torch.tensor([[9.0, 5.0], [8.0, 7.0], [11.5, 7.0], [10.0, 12.0]], dtype=torch.float64)
+    for column, height, shown in (
+        (10, 0.9, poses),
+        (13, 0.3, torch.tensor([23.0, 0.0]) + torch.tensor([-1, 1]) * poses),
+    ):
+        score = torch.zeros(1, 24, 24)
+        score[0, 7, column] = height / share
+        quality = None if share == 1 else torch.full_like(score, share)
+        maps.append(CIRMaps(score, quality, JointMaps(shown[None, None], None)))
+    found = decode_views(model_of(), batch, views, maps, FLIP)
+    assert torch.isfinite(found.scores).sum() == 1
+    assert found.scores[0, 0].item() == pytest.approx(0.6)
+    # The mirrored view does not exchange left and right here, so that the poses differ in the hands.
+    hands = poses[[0, 2, 1, 3]]
+    torch.testing.assert_close(found.keypoints[0, 0], 4 * (0.9 * poses + 0.3 * hands) / 1.2)
+
+
+@pytest.mark.parametrize("scales", [(0.5, 1.0, 2.0), (2.0, 0.5, 1.0), (1.0, 2.0, 0.5)])
+def test_peaks_are_those_of_scale_1_in_whatever_order_the_scales_are(scales: tuple[float, ...]) -> None:
+    """On the coarsest map the two would be one."""
+    view = picture(140, 72, 144)
+    results = predict_whole(model_of(), [view], Decoding(whole=WholeImages(scales=scales)))
+    np.testing.assert_allclose(poses_of(results), SCENES[140], atol=0.1)
+    assert len(predict_whole(model_of(), [view], Decoding(whole=WholeImages(scales=(0.5,))))) == 1
+    expected = predict_whole(model_of(), [view], BOTH)
+    assert [record["score"] for record in results] == pytest.approx([record["score"] for record in expected], abs=1e-6)
 
 
 def test_at_most_max_poses_are_kept_and_the_best_first() -> None:
