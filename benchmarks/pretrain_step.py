@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages belon
 from poserelay.config import InputConfig, ModelConfig, Named
 from poserelay.distributed import start
 from poserelay.model import build_backbone
-from pretrain.config import DataConfig, OptimConfig, PretrainConfig
+from pretrain.config import OptimConfig, PretrainConfig, PretrainDataConfig
 from pretrain.train import METHODS, build_optimizer, training_step, wrap
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     model = ModelConfig(Named(args.backbone), input=crop)
     optim = OptimConfig(batch_size=args.batch)
     config = PretrainConfig(
-        model, "unused", DataConfig("unused"), Named(args.method), optim=optim, compile=args.compile
+        model, "unused", PretrainDataConfig("unused"), Named(args.method), optim=optim, compile=args.compile
     )
     raw = torch.randint(0, 256, (2, args.batch, 3, args.size, args.size), dtype=torch.uint8, device=fabric.device)
     ready = torch.randn(2, args.batch, 3, args.size, args.size, device=fabric.device)

@@ -13,9 +13,9 @@ from poserelay.config import (
     File,
     ImageAugmentation,
     LabelsConfig,
+    LoopConfig,
     ModelConfig,
     OptionalFile,
-    check_loop_fields,
     check_ranges,
 )
 
@@ -40,7 +40,7 @@ class CIRLossConfig:
 
 
 @dataclass(frozen=True)
-class CIRConfig:
+class CIRConfig(LoopConfig):
     """Train a single-stage pose model (CIR, with its encodings or without) on whole images."""
 
     model: ModelConfig
@@ -65,32 +65,10 @@ class CIRConfig:
     """Epochs between validations; the last epoch is always validated."""
     export: Literal["last", "best"] = "last"
     """Weights to hand off; best has the highest AP on the validation set, which must not be the reported test set."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights, displacements and losses stay in fp32."""
-    seed: int = 0
-    """Of initialisation, order and augmentation."""
-    max_unreadable: float = 0.01
-    """Share of an epoch's pictures that may be unreadable before the run stops."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """What to do when the run directory holds a run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
-    workers: int = 4
-    """Data processes per training process; the results do not depend on it."""
-    save_every: int = 500
-    """Steps between two resume files."""
-    log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if self.model.head is None:
             raise ValueError("model.head is null: a single-stage model needs its head; give --model.head '{name: cir}'")
-        if self.data.validation_images and not self.data.validation_annotations:
-            raise ValueError(
-                "data.validation_images is given without data.validation_annotations; give both or neither"
-            )
         if self.data.validation_boxes != "gt":
             raise ValueError("data.validation_boxes: a single-stage model needs no boxes; leave it out")
         if self.export == "best" and self.data.validation_annotations is None:
@@ -98,4 +76,4 @@ class CIRConfig:
         if self.labels.drop != "nothing":
             raise ValueError(f"labels.drop is {self.labels.drop}, which only heatmap models are compared by; leave it")
         check_ranges(self, {"validate_every": (1, math.inf)})
-        check_loop_fields(self)
+        super().__post_init__()

@@ -13,9 +13,9 @@ from poserelay.config import (
     Decoding,
     File,
     LabelsConfig,
+    LoopConfig,
     ModelConfig,
     OptionalFile,
-    check_loop_fields,
     check_ranges,
 )
 
@@ -86,7 +86,7 @@ class StructuralConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(LoopConfig):
     """Train a heatmap pose model on labelled persons (SimpleBaseline, HRNet, CCM), perhaps with SCIO's networks."""
 
     model: ModelConfig
@@ -122,32 +122,10 @@ class FinetuneConfig:
     """Epochs between validations; the last epoch is always validated."""
     export: Literal["last", "best"] = "last"
     """Weights to hand off; best has the highest AP on the validation set, which must not be the reported test set."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
-    seed: int = 0
-    """Of initialisation, order and augmentation."""
-    max_unreadable: float = 0.01
-    """Share of an epoch's pictures that may be unreadable before the run stops."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """What to do when the run directory holds a run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
-    workers: int = 4
-    """Data processes per training process; the results do not depend on it."""
-    save_every: int = 500
-    """Steps between two resume files."""
-    log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if self.model.head is None:
             raise ValueError("model.head is null: fine-tuning needs a head; name one, e.g. head: {name: simple}")
-        if self.data.validation_images and not self.data.validation_annotations:
-            raise ValueError(
-                "data.validation_images is given without data.validation_annotations; give both or neither"
-            )
         if self.export == "best" and self.data.validation_annotations is None:
             raise ValueError("export: best needs data.validation_annotations to tell which weights are best")
         self._check_sources()
@@ -157,7 +135,7 @@ class FinetuneConfig:
         for name in ("validate_every", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        check_loop_fields(self)
+        super().__post_init__()
 
     def _check_refiner(self) -> None:
         refiner = self.model.refiner

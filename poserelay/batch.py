@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", "CropBatch", "ImageBatch", "PyramidBatch")
+
+class Tensors:
+    """A dataclass of tensors, perhaps in lists, and of other things."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with its tensors on `device`; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The batch with its tensors in pinned memory; called by DataLoader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        batch: Any = self
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+                return [function(tensor) for tensor in value]
+            return value
+
+        return replace(batch, **{entry.name: mapped(getattr(self, entry.name)) for entry in fields(batch)})
 
 
 @dataclass
-class CropBatch:
+class CropBatch(Tensors):
     """B person crops with K joints each."""
 
     images: Tensor
@@ -41,17 +63,9 @@ class CropBatch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device | str) -> CropBatch:
-        """The batch with its tensors on `device`; asynchronous from pinned memory."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> CropBatch:
-        """The batch with its tensors in pinned memory; called by DataLoader."""
-        return _map(self, lambda tensor: tensor.pin_memory())
-
 
 @dataclass
-class ImageBatch:
+class ImageBatch(Tensors):
     """B square crops of whole images, each with up to S persons of K joints and up to R regions."""
 
     images: Tensor
@@ -74,17 +88,9 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device | str) -> ImageBatch:
-        """The batch with its tensors on `device`; asynchronous from pinned memory."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> ImageBatch:
-        """The batch with its tensors in pinned memory; called by DataLoader."""
-        return _map(self, lambda tensor: tensor.pin_memory())
-
 
 @dataclass
-class PyramidBatch:
+class PyramidBatch(Tensors):
     """B whole images, each at the scales of `config.WholeImages`."""
 
     images: list[Tensor]
@@ -97,24 +103,3 @@ class PyramidBatch:
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def to(self, device: torch.device | str) -> PyramidBatch:
-        """The batch with its tensors on `device`; asynchronous from pinned memory."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> PyramidBatch:
-        """The batch with its tensors in pinned memory; called by DataLoader."""
-        return _map(self, lambda tensor: tensor.pin_memory())
-
-
-def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with `function` of each of its tensors, those in lists too."""
-
-    def mapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            return [function(tensor) for tensor in value]
-        return value
-
-    return replace(batch, **{entry.name: mapped(getattr(batch, entry.name)) for entry in fields(batch)})

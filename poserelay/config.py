@@ -220,19 +220,33 @@ def check_ranges(owner: Any, ranges: Mapping[str, tuple[float, float]], prefix: 
             raise ValueError(f"{prefix}{name} is {value}, expected at least {low:g}{upper}")
 
 
-def check_loop_fields(config: Any) -> None:
-    """The ranges of the fields that every training stage has. Raises ValueError naming the field."""
-    check_ranges(
-        config,
-        {
-            "save_every": (1, math.inf),
-            "log_every": (1, math.inf),
-            "workers": (0, math.inf),
-            "threads": (0, math.inf),
-            "seed": (0, 2**63 - 1),
-            "max_unreadable": (0, 1),
-        },
-    )
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every training stage has."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and views."""
+    max_unreadable: float = 0.01
+    """Share of an epoch's pictures that may be unreadable before the run stops."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """What to do when the run directory holds a run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
+    workers: int = 4
+    """Data processes of each loader of a training process; the results do not depend on it."""
+    save_every: int = 500
+    """Steps between two resume files."""
+    log_every: int = 20
+    """Steps between two rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        at_least = {"save_every": 1, "log_every": 1, "workers": 0, "threads": 0}
+        ranges = {"seed": (0, 2**63 - 1), "max_unreadable": (0, 1)}
+        check_ranges(self, {name: (low, math.inf) for name, low in at_least.items()} | ranges)
 
 
 @dataclass(frozen=True)
@@ -280,6 +294,12 @@ class DataConfig:
     """Folder of the validation pictures; null: the same as `images`."""
     validation_boxes: Boxes = "gt"
     """gt, or a COCO detections JSON."""
+
+    def __post_init__(self) -> None:
+        if self.validation_images and not self.validation_annotations:
+            raise ValueError(
+                "data.validation_images is given without data.validation_annotations; give both or neither"
+            )
 
 
 @dataclass(frozen=True)

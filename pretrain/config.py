@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import File, KnnConfig, ModelConfig, Named, OptionalFile, check_loop_fields, check_ranges
+from poserelay.config import File, KnnConfig, LoopConfig, ModelConfig, Named, OptionalFile, check_ranges
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class PretrainDataConfig:
     """Unlabelled pictures."""
 
     images: OptionalFile = None
@@ -76,14 +76,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(LoopConfig):
     """Pretrain a backbone on unlabelled pictures. (`python -m pretrain linear --help` is about the linear probe.)"""
 
     model: ModelConfig
     """The backbone that is handed off and the size of its views; without a head."""
     run_dir: File
     """Folder of this run; started again in the same folder it resumes."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     method: Named = field(default_factory=lambda: Named("mscl"))
     """What is trained around the backbone: mscl, simsiam, moco, densecl, or none, which trains nothing (a baseline);
     kwargs are the arguments of its class in pretrain/."""
@@ -95,24 +95,6 @@ class PretrainConfig:
     """stop ends the run, saved, once a term of the loss has looked collapsed in five rows of metrics.jsonl running."""
     compile: bool = False
     """Let torch compile the networks: minutes at the start, faster steps on a GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
-    seed: int = 0
-    """Of initialisation, order and views."""
-    max_unreadable: float = 0.01
-    """Share of an epoch's pictures that may be unreadable before the run stops."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """What to do when the run directory holds a run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
-    workers: int = 4
-    """Data processes per training process; the results do not depend on it."""
-    save_every: int = 500
-    """Steps between two resume files."""
-    log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if self.model.head is not None:
@@ -131,4 +113,4 @@ class PretrainConfig:
             )
         if self.data.images is None and self.optim.epochs:
             raise ValueError("data.images is missing; give the folder of pictures to train on")
-        check_loop_fields(self)
+        super().__post_init__()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from poserelay.config import File, check_loop_fields, check_ranges
+from poserelay.config import File, LoopConfig, check_ranges
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LinearOptimConfig:
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(LoopConfig):
     """Train a linear classifier on the frozen features of a backbone and report top-1 and top-5 (SimSiam, 2021)."""
 
     init_from: File
@@ -57,25 +57,7 @@ class LinearConfig:
     optim: LinearOptimConfig = field(default_factory=LinearOptimConfig)
     validate_every: int = 10
     """Epochs between validations; the last epoch is always validated."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the backbone; the classifier's weights and its loss stay in fp32."""
-    seed: int = 0
-    """Of initialisation, order and crops."""
-    max_unreadable: float = 0.01
-    """Share of an epoch's pictures that may be unreadable before the run stops."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """What to do when the run directory holds a run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
-    workers: int = 4
-    """Data processes per training process; the results do not depend on it."""
-    save_every: int = 500
-    """Steps between two resume files."""
-    log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"size": (1, math.inf), "validate_every": (1, math.inf)})
-        check_loop_fields(self)
+        super().__post_init__()

@@ -14,10 +14,10 @@ from poserelay.config import (
     Decoding,
     File,
     LabelsConfig,
+    LoopConfig,
     ModelConfig,
     Named,
     OptionalFile,
-    check_loop_fields,
     check_ranges,
 )
 
@@ -138,7 +138,7 @@ class IconConfig:
 
 
 @dataclass(frozen=True)
-class SemiConfig:
+class SemiConfig(LoopConfig):
     """Train a heatmap pose model on few labelled and many unlabelled persons."""
 
     model: ModelConfig
@@ -170,34 +170,12 @@ class SemiConfig:
     decoding: Decoding = field(default_factory=Decoding)
     validate_every: int = 10
     """Epochs between validations; the last epoch is always validated."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and losses stay in fp32."""
-    seed: int = 0
-    """Of initialisation, order and augmentation."""
-    max_unreadable: float = 0.01
-    """Share of an epoch's pictures that may be unreadable before the run stops."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """What to do when the run directory holds a run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice. Bit-identical results need the same number."""
-    workers: int = 4
-    """Data processes of each of the two loaders; the results do not depend on it."""
-    save_every: int = 500
-    """Steps between two resume files."""
-    log_every: int = 20
-    """Steps between two rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if self.model.refiner is not None:
             raise ValueError("model.refiner: finetune trains it, on the model that this stage makes; leave it out")
         if self.model.head is None:
             raise ValueError("model.head is null: semi-supervised training needs a head, e.g. head: {name: simple}")
-        if self.data.validation_images and not self.data.validation_annotations:
-            raise ValueError(
-                "data.validation_images is given without data.validation_annotations; give both or neither"
-            )
         if self.teacher.name in TRAINED and not self.teacher_from:
             raise ValueError(
                 f"teacher {self.teacher.name} needs teacher_from, the hand-off file of a model trained on the labels"
@@ -212,4 +190,4 @@ class SemiConfig:
         for name in ("validate_every", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        check_loop_fields(self)
+        super().__post_init__()

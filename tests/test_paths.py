@@ -21,8 +21,8 @@ from poserelay.command import path_mark, with_absolute_paths
 from poserelay.config import DataConfig, File, InputConfig, KnnConfig, LabelsConfig, ModelConfig, Named, OptionalFile
 from poserelay.errors import UserError
 from poserelay.keypoints import load_skeleton, packaged_skeletons
-from pretrain.config import DataConfig as Pictures
 from pretrain.config import PretrainConfig
+from pretrain.config import PretrainDataConfig as Pictures
 
 # Texts that name no file: names of constructors and of a class.
 NO_PATHS = {

@@ -21,7 +21,7 @@ from poserelay.model import build_backbone
 from poserelay.run import read_metrics
 from pretrain.__main__ import main as pretrain
 from pretrain.comparison import Comparison
-from pretrain.config import DataConfig, OptimConfig, PretrainConfig
+from pretrain.config import OptimConfig, PretrainConfig, PretrainDataConfig
 from pretrain.train import METHODS, build_optimizer, training_step
 
 from .processes import finish, ranks, start
@@ -45,7 +45,7 @@ SMALL_METHODS: dict[str, dict[str, Any]] = {
 
 def config_for(**optim: Any) -> PretrainConfig:
     model = ModelConfig(Named("resnet18"), input=InputConfig(height=64, width=64))
-    return PretrainConfig(model, "unused", DataConfig("unused"), optim=OptimConfig(**optim))
+    return PretrainConfig(model, "unused", PretrainDataConfig("unused"), optim=OptimConfig(**optim))
 
 
 @pytest.mark.parametrize("method", list(METHODS))
