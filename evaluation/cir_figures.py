@@ -76,7 +76,7 @@ def draw_scores(config: VisualizeConfig) -> Figure:
     for axes in panels.flat[len(judged) :]:
         axes.set_axis_off()
     chosen = f"up to {PER_IMAGE} poses of an image, drawn at random"
-    figure.supxlabel(f"predicted score ({chosen}; dotted: what equals the OKS)", fontsize=9)
+    figure.supxlabel(f"predicted score\n{chosen}\ndotted: equal to the OKS", fontsize=9)
     figure.supylabel("true OKS", fontsize=9)
     return figure
 

@@ -74,6 +74,12 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
     _write_picture(out / "overview.jpg", contact_sheet(overview))
     write_json(out / "predictions.json", results)
     print(f"{len(results)} poses on {len(pictures)} pictures: {out}", file=sys.stderr)
+    hidden = sum(max(record["keypoints"][2::3]) < config.joint_threshold for record in results)
+    if hidden:
+        print(
+            f"{hidden} of them are not drawn: no joint is scored {config.joint_threshold} or more (--joint_threshold)",
+            file=sys.stderr,
+        )
     return results
 
 

@@ -30,7 +30,7 @@ from poserelay.datasets.fullimage import FullImageDataset, PyramidDataset, colla
 from poserelay.datasets.sampling import EpochBatches, steps_per_epoch, training_loader
 from poserelay.datasets.training import read_labelled
 from poserelay.distributed import StopSignals, on_rank_zero, start, sync_batch_norm, watching_peers
-from poserelay.errors import Interrupted
+from poserelay.errors import Interrupted, UserError
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.model import SingleStageModel, build_single_stage
 from poserelay.oks import oks_of_pairs
@@ -107,6 +107,11 @@ def load_data(config: CIRConfig) -> Data:
     if config.data.validation_annotations:
         truth = read_coco(config.data.validation_annotations)
         order_of_file(skeleton, truth.joints)  # scoring refuses joints that the skeleton does not have
+        if not len(truth.persons):
+            raise UserError(
+                f"{truth.path}: no person with a labelled joint to validate on; check the file, or set "
+                "data.validation_annotations to null"
+            )
         images = config.data.validation_images or config.data.images
         validation = PyramidDataset(truth, images, size, config.decoding.whole.scales)
     return Data(skeleton, labels, training, validation)
@@ -165,6 +170,12 @@ def train(
                 row = {**means, "unreadable": unreadable.check(fabric), **progress.rates()}
                 if journal:
                     journal.write("train", state.step, epoch, {**row, "lr": plain_optimizer.param_groups[0]["lr"]})
+                if not row["persons"]:
+                    fabric.print(
+                        "warning: nobody's centre lay in any crop since the last row, and nothing is learnt of poses; "
+                        "are labels outside their pictures, or these much longer than high?",
+                        file=sys.stderr,
+                    )
             if epoch_ends:
                 unreadable.new_epoch()
             validates = ends or (epoch_ends and (epoch + 1) % config.validate_every == 0)
@@ -195,7 +206,8 @@ def training_step(
     batch: ImageBatch,
     config: CIRConfig,
 ) -> dict[str, Tensor]:
-    """One optimiser step on a batch; returns the loss and its parts by name, on the device."""
+    """One optimiser step on a batch; returns the loss, its parts, the mean OKS of Eq. 2 in the centre areas and the
+    persons that have one per image, by name, on the device."""
     batch = batch.to(fabric.device)
     stride, radius = model.stride, config.loss.radius
     size = (batch.images.shape[-2] // stride, batch.images.shape[-1] // stride)
@@ -230,8 +242,11 @@ def training_step(
     optimizer.zero_grad()
     fabric.backward(loss)
     optimizer.step()
-    found = oks.masked_fill(~areas.owned, 0).sum() / areas.owned.sum().clamp(min=1)
-    return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}, "oks": found}
+    watched = {
+        "oks": oks.masked_fill(~areas.owned, 0).sum() / areas.owned.sum().clamp(min=1),
+        "persons": areas.owned.any(-1).float().sum() / len(batch),
+    }
+    return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}, **watched}
 
 
 def validate(model: SingleStageModel, data: Data, config: CIRConfig, state: State, folder: Path) -> dict[str, float]:
@@ -290,6 +305,11 @@ def announce(fabric: Fabric, config: CIRConfig, data: Data, total: int, global_b
     ]
     if regions:
         lines.append(f"{regions} boxes of crowds and persons without labels on them are no background")
+    if without := int((training.annotations.areas[training.persons] == 0).sum()):
+        lines.append(
+            f"warning: {without} persons have area 0, by which no pose is near theirs: scores are learnt as 0 there; "
+            "mend the field area, or leave it out (0.53 of the box is taken)"
+        )
     if global_batch != optim.lr_batch:
         lines.append(
             f"warning: lr {optim.lr:g} was chosen for a batch of {optim.lr_batch}, this run has {global_batch}; it is "

@@ -127,8 +127,8 @@ class WholeImages:
     def __post_init__(self) -> None:
         ranges = {"max_poses": (1, 10_000), "score_threshold": (-math.inf, math.inf)}
         check_ranges(self, ranges, "decoding.whole.")
-        if not self.scales or len(set(self.scales)) < len(self.scales) or not all(0 < s <= 8 for s in self.scales):
-            raise ValueError(f"decoding.whole.scales is {list(self.scales)}, expected factors in 0..8, each once")
+        if not self.scales or len(set(self.scales)) < len(self.scales) or not all(0.05 <= s <= 8 for s in self.scales):
+            raise ValueError(f"decoding.whole.scales is {list(self.scales)}, expected factors in 0.05..8, each once")
 
 
 @dataclass(frozen=True)

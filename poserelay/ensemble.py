@@ -73,7 +73,10 @@ def load_models(paths: str | Path | Sequence[str | Path]) -> PoseModel | Ensembl
         seen[real] = file
     if len(files) == 1:
         return load_top_down(files[0])
-    models = {file: load_top_down(file) for file in files}
+    loaded = {file: load_model(file) for file in files}
+    models = {file: model for file, model in loaded.items() if isinstance(model, PoseModel)}
+    if alone := [file for file in files if file not in models]:
+        raise UserError(f"{alone[0]}: holds a single-stage model, and an ensemble averages heatmaps; give it alone")
     if refined := [file for file, model in models.items() if model.refiner is not None]:
         print(f"warning: in an ensemble the networks of model.refiner are not asked ({refined[0]})", file=sys.stderr)
     return Ensemble(models).eval()

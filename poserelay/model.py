@@ -175,7 +175,11 @@ class SingleStageModel(nn.Module):
         # Imported here because inference needs the whole data path, which training a backbone does not.
         from .whole_images import predict_whole
 
-        return predict_whole(self, [images] if isinstance(images, np.ndarray | str | Path) else images)
+        if isinstance(images, np.ndarray | str | Path):
+            images = [images]
+        elif not isinstance(images, Sequence):
+            raise ValueError(f"images is a {type(images).__name__}; give arrays [H, W, 3] uint8 RGB, or paths")
+        return predict_whole(self, images)
 
 
 def normalise(images: Tensor, input: InputConfig) -> Tensor:

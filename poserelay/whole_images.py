@@ -226,6 +226,8 @@ def protocol(annotations: CocoAnnotations, model: SingleStageModel, decoding: De
 
 
 def _pyramid(model: SingleStageModel, image: np.ndarray | str | Path, row: int, decoding: Decoding) -> PyramidRecord:
+    if not isinstance(image, np.ndarray | str | Path):
+        raise ValueError(f"image {row} is a {type(image).__name__}; give an array [H, W, 3] uint8 RGB, or a path")
     picture = image if isinstance(image, np.ndarray) else read_image(image)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
         raise ValueError(f"image {row}: {picture.dtype} {list(picture.shape)}, expected uint8 [H, W, 3]")
