@@ -16,24 +16,40 @@ from poserelay.scoring import Truth, order_of_file, results_that_count
 
 from .joint_accuracy import oks_areas
 
-NOT_MEASURED: dict[str, Any] = {"spearman": None, "pearson": None, "poses": 0}
+BEST = (1, 2, 5)
+"""How many of an image's best-scored poses the coefficient is also told of; the paper's Fig. 5 has five."""
+UNDEFINED: dict[str, Any] = {"spearman": None, "pearson": None}
+NOT_MEASURED: dict[str, Any] = {**UNDEFINED, "poses": 0, "of_best": dict.fromkeys(map(str, BEST))}
 """`calibration` where there is no truth."""
 
 
 def calibration(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> dict[str, Any]:
-    """{"spearman", "pearson", "poses"}: the coefficients of score and `true_oks` over the results that count.
+    """{"spearman", "pearson", "poses", "of_best"}: coefficients of score and `true_oks` over the results that count.
 
-    `results` are valid and in the joints that are scored. A coefficient is None where it is not defined: of fewer than
-    two poses, and where all have one score or one OKS.
+    "of_best" is Spearman's over the one, two and five best-scored poses of every image alone. `results` are valid and
+    in the joints that are scored. A coefficient is None where it is not defined: of fewer than two poses, and where all
+    have one score or one OKS.
     """
     counting = results_that_count(truth, results)
-    return correlation(scores_of(counting), true_oks(truth, counting, skeleton))
+    scores, oks = scores_of(counting), true_oks(truth, counting, skeleton)
+    place = place_in_image(np.array([record["image_id"] for record in counting], dtype=np.int64), scores)
+    of_best = {str(most): correlation(scores[place < most], oks[place < most])["spearman"] for most in BEST}
+    return {**correlation(scores, oks), "of_best": of_best}
+
+
+def place_in_image(image_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """For each of N poses how many of its image come before it, the best score first, the earlier of equals `[N]`."""
+    order = np.lexsort((-scores, image_ids))
+    starts = np.searchsorted(image_ids[order], image_ids[order])
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order)) - starts
+    return place
 
 
 def correlation(scores: np.ndarray, oks: np.ndarray) -> dict[str, Any]:
-    """`calibration` of scores `[N]` and OKS `[N]`."""
+    """{"spearman", "pearson", "poses"} of scores `[N]` and OKS `[N]`, as `calibration` has them."""
     if len(scores) < 2 or not np.ptp(scores) or not np.ptp(oks):
-        return {**NOT_MEASURED, "poses": len(scores)}
+        return {**UNDEFINED, "poses": len(scores)}
     ranked: Any = spearmanr(scores, oks)
     linear: Any = pearsonr(scores, oks)
     return {"spearman": float(ranked.statistic), "pearson": float(linear.statistic), "poses": len(scores)}
@@ -76,7 +92,12 @@ def true_oks(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skele
 
 def format_scores(scores: Mapping[str, Any]) -> str:
     """One line."""
-    shown = {name: "-" if scores[name] is None else f"{scores[name]:+.4f}" for name in ("spearman", "pearson")}
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:+.4f}"
+
+    of_best = ", ".join(f"{shown(value)} of the best {most}" for most, value in scores["of_best"].items())
     return (
-        f"score against true OKS: Spearman {shown['spearman']}, Pearson {shown['pearson']} over {scores['poses']} poses"
+        f"score against true OKS: Spearman {shown(scores['spearman'])}, Pearson {shown(scores['pearson'])} over "
+        f"{scores['poses']} poses (Spearman {of_best} of an image)"
     )

@@ -84,7 +84,8 @@ class TestConfig:
     """CPU threads of torch; 0 leaves torch's choice."""
     json: bool = False
     """Print one JSON object {"metrics", "protocol", "joints", "scores"}, of a model with SCIO also "scio", instead of a
-    table. "scores" tells how well the poses' scores go with their true OKS: {"spearman", "pearson", "poses"}."""
+    table. "scores" tells how well the poses' scores go with their true OKS: {"spearman", "pearson", "poses",
+    "of_best"}."""
 
     def __post_init__(self) -> None:
         _require_positive("pck_threshold", self.pck_threshold)

@@ -131,7 +131,7 @@ def test_scoring_the_written_predictions_gives_the_same_numbers(
         scored = score.main(replace(asked, metric=metric))
         assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
         assert scored["protocol"]["instances"] == report["protocol"]["instances"]
-    counted = {"pearson", "spearman", "poses"}
+    counted = {"pearson", "spearman", "poses", "of_best"}
     assert report["scores"].keys() == counted
     assert all(report["scores"][name] is not None for name in counted)
     assert ("AP hard" in report["metrics"]) == (kind == "crowded")
@@ -289,8 +289,8 @@ def test_a_picture_without_anybody_is_drawn_as_it_is(made: Path, tmp_path: Path)
     # And nothing found is nothing scored well, not an error.
     report = test.main(config_for_test(made, tmp_path, checkpoint=str(tmp_path / "blind.safetensors")))
     assert (report["metrics"]["AP"], report["metrics"]["PCK"]) == (0.0, 0.0)
-    assert report["scores"] == {"spearman": None, "pearson": None, "poses": 0}
-    assert format_scores(report["scores"]) == "score against true OKS: Spearman -, Pearson - over 0 poses"
+    assert report["scores"] == NOT_MEASURED
+    assert format_scores(report["scores"]).startswith("score against true OKS: Spearman -, Pearson - over 0 poses (")
 
 
 def test_predict_takes_no_boxes(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,8 +370,14 @@ def test_true_oks_and_its_correlation_by_hand(tmp_path: Path) -> None:
     scores = np.array([record["score"] for record in results])
     linear = np.corrcoef(scores, [first, second, 1, 0, 0])[0, 1]
     report = calibration(truth, results, TWO)
-    assert report == {"spearman": pytest.approx(by_hand), "pearson": pytest.approx(linear), "poses": 5}
-    assert format_scores(report) == f"score against true OKS: Spearman +0.5643, Pearson {linear:+.4f} over 5 poses"
+    # The best of the images score 0.9, 0.8 and 0.6: ranks 3, 2, 1 against those of the OKS, 2, 3, 1.
+    of_best = {"1": pytest.approx(0.5), "2": pytest.approx(by_hand), "5": pytest.approx(by_hand)}
+    whole = {"spearman": pytest.approx(by_hand), "pearson": pytest.approx(linear), "poses": 5}
+    assert report == {**whole, "of_best": of_best}
+    assert format_scores(report) == (
+        f"score against true OKS: Spearman +0.5643, Pearson {linear:+.4f} over 5 poses (Spearman +0.5000 of the "
+        "best 1, +0.5643 of the best 2, +0.5643 of the best 5 of an image)"
+    )
 
     crowded = scored_truth(read_coco(two_joints(tmp_path, crowd=True)), TWO)
     area = 0.53 * 60 * 60  # CrowdPose's, whatever the file says
