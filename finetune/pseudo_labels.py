@@ -54,6 +54,8 @@ def main(config: PseudoLabelsConfig) -> dict[str, Any]:
     images = read_images(listed, models.skeleton)
     detections, threshold, persons_per_picture = choose_persons(config, images)
     sources = {"boxes": config.boxes, "pictures": listed, "match": config.match}
+    # What is said of whole images counts for single-stage models, of SCIO where its networks are asked.
+    unused = {"whole"} | ({"scio"} if models.refiner is None else set())
     info = {
         "description": DESCRIPTION,
         "poserelay": __version__,
@@ -65,8 +67,7 @@ def main(config: PseudoLabelsConfig) -> dict[str, Any]:
         "persons_per_picture": persons_per_picture,
         "box_threshold": threshold,
         "joint_threshold": config.joint_threshold,
-        # What is said of SCIO counts where its networks are asked.
-        "decoding": {n: v for n, v in to_plain(config.decoding).items() if n != "scio" or models.refiner is not None},
+        "decoding": {name: value for name, value in to_plain(config.decoding).items() if name not in unused},
     }
     device = start(config.device, "fp32", config.threads).device
     dataset, unreadable = readable_persons(config, images, detections, models)

@@ -70,6 +70,8 @@ class State:
     world: int
     samples: int
     step: int = 0
+    validated: int = 0
+    """Step of the last validation."""
     unreadable: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
@@ -149,7 +151,15 @@ def train(
     losses = LossWindow()
     set_training(model, config)
     unreadable = UnreadableCount(config.max_unreadable, per_epoch * global_batch, state.unreadable)
+
+    def validation_due() -> bool:
+        epochs, rest = divmod(state.step, per_epoch)
+        return state.step == total or (state.step > 0 and not rest and epochs % config.validate_every == 0)
+
     with StopSignals() as signals:
+        # A run that ended in a validation has saved the step before it, and owes it.
+        if journal and data.validation is not None and validation_due() and state.validated < state.step:
+            validate(model, data, config, state, journal, (state.step - 1) // per_epoch)
         for batch in progress:
             epoch = state.step // per_epoch
             reached = epoch if optim.steps is None else state.step
@@ -178,15 +188,14 @@ def train(
                     )
             if epoch_ends:
                 unreadable.new_epoch()
-            validates = ends or (epoch_ends and (epoch + 1) % config.validate_every == 0)
-            if journal and data.validation and validates:
-                journal.write("validation", state.step, epoch, validate(model, data, config, state, folder))
-                set_training(model, config)
-            if stop or saves:
+            validates = data.validation is not None and validation_due()
+            if stop or saves or validates:
                 check_weights(model, state.step, batch.image_ids)
-            if run and (stop or saves):
+            if run and (stop or saves or validates):
                 state.unreadable = unreadable.count
                 save_resume(folder, training_state(model, plain_optimizer, fabric, upstream, state))
+            if journal and validates:
+                validate(model, data, config, state, journal, epoch)
             if stop:
                 raise Interrupted(
                     f"{stop} at step {state.step} of {total}; saved, start the same command again to go on"
@@ -249,15 +258,19 @@ def training_step(
     return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}, **watched}
 
 
-def validate(model: SingleStageModel, data: Data, config: CIRConfig, state: State, folder: Path) -> dict[str, float]:
-    """Metrics on the validation set, remembered in `state`; where the best weights are wanted they are kept."""
+def validate(
+    model: SingleStageModel, data: Data, config: CIRConfig, state: State, journal: Journal, epoch: int
+) -> None:
+    """Report metrics on the validation set and remember them in `state`; the best weights are kept where wanted."""
     assert data.validation is not None
     results = predict_dataset(model, data.validation, config.decoding, config.optim.batch_size, config.workers)
     state.validation = coco_ap(data.validation.annotations.path, results, data.skeleton)
     if config.export == "best" and state.validation["AP"] > state.best.get("AP", -1.0):
         state.best = {**state.validation, "step": state.step}
-        save_best(folder, model.state_dict())
-    return state.validation
+        save_best(Path(config.run_dir) / "resume", model.state_dict())
+    state.validated = state.step
+    journal.write("validation", state.step, epoch, state.validation)
+    set_training(model, config)
 
 
 def set_training(model: SingleStageModel, config: CIRConfig) -> None:

@@ -79,3 +79,35 @@ def test_several_single_stage_models_are_no_ensemble(people: Path, tmp_path: Pat
     copy.write_bytes(export.read_bytes())
     with pytest.raises(UserError, match="holds a single-stage model, and an ensemble averages heatmaps"):
         load_models([export, copy])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])  # the failing validation is the last one, or not
+def test_a_failed_validation_costs_no_step(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int
+) -> None:
+    truth = json.loads((people / "annotations.json").read_text())
+    few = {image["id"]: image["file_name"] for image in truth["images"][:3]}
+    part = {key: [r for r in truth[key] if r.get("image_id", r["id"]) in few] for key in ("images", "annotations")}
+    (tmp_path / "few.json").write_text(json.dumps({**truth, **part}))
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name in few.values():
+        (folder / name).write_bytes((people / "images" / name).read_bytes())
+    settings = ["--data.validation_annotations", str(tmp_path / "few.json"), "--data.validation_images", str(folder)]
+    settings += ["--optim.epochs", str(epochs), "--validate_every", "1", "--save_every", "100", "--export", "best"]
+    assert main(["cir", *cir_arguments(people, tmp_path / "whole", *settings)]) == 0
+
+    damaged = folder / next(iter(few.values()))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    again = ["cir", *cir_arguments(people, tmp_path / "cut", *settings)]
+    assert main(again) == 2
+    assert damaged.name in capsys.readouterr().err
+    trained = [row["step"] for row in read_metrics(tmp_path / "cut/metrics.jsonl") if row["kind"] == "train"]
+    damaged.write_bytes(content)
+    assert main(again) == 0
+    rows = read_metrics(tmp_path / "cut/metrics.jsonl")
+    assert [row["attempt"] for row in rows if row["kind"] == "train" and row["step"] in trained] == [1] * len(trained)
+    assert [row["step"] for row in rows if row["kind"] == "validation"] == [3 * n for n in range(1, epochs + 1)]
+    exports = [tmp_path / run / "export/model.safetensors" for run in ("whole", "cut")]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
