@@ -102,9 +102,8 @@ def decode_views(
         raise CheckFailed("the model's score maps hold NaN or infinity; its weights are damaged, or diverged")
     # Half a pixel around the image belongs to its border pixels; beyond there is only padding.
     inside = ((places >= -0.5) & (places <= batch.sizes.flip(-1)[:, None] - 0.5)).all(-1).unflatten(1, (height, width))
-    peaks = (
-        (mean == functional.max_pool2d(mean[:, None], 3, 1, 1)[:, 0]) & inside & (mean > decoding.whole.score_threshold)
-    )
+    mean = torch.where(inside, mean, -torch.inf)
+    peaks = (mean == functional.max_pool2d(mean[:, None], 3, 1, 1)[:, 0]) & (mean > decoding.whole.score_threshold)
     ranked = torch.where(peaks, mean, -torch.inf).flatten(1)
     best, index = ranked.topk(min(decoding.whole.max_poses, height * width), dim=1)
     centres = places.gather(1, index[..., None].expand(-1, -1, 2))  # [B, P, 2], image pixels

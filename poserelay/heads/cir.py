@@ -182,18 +182,16 @@ class CIRHead(nn.Module):
         if self.pose_query == "none":
             return instance
         height, width = instance.shape[-2:]
-        grid = pixel_grid(height, width, instance.device)[None]  # [1, h w, 2]
-        grid = grid.expand(len(instance), -1, -1)
+        grid = pixel_grid(height, width, instance.device)[None].expand(len(instance), -1, -1)  # [B, h w, 2]
         count = 1
         if self.pose_query == "automatic":
-            places = grid[:, None] + self._displacement(self.automatic, instance).unflatten(1, (-1, 2)).flatten(
-                3
-            ).movedim(2, -1)
+            moved = self._displacement(self.automatic, instance).unflatten(1, (-1, 2))
+            places = grid[:, None] + moved.flatten(3).movedim(2, -1)  # [B, K, h w, 2]
         elif self.pose_query == "keypoint":
             places = grid[:, None] + self.displacements(maps, grid).movedim(2, 1)
         else:
             assert maps.to_query is not None
-            places = grid[:, None] + maps.to_query.flatten(3).movedim(2, -1)  # [B, K, h w, 2]
+            places = grid[:, None] + maps.to_query.flatten(3).movedim(2, -1)
             if self.pose_query == "semantic":
                 count = self.points
                 places = self._semantic_points(maps, places).flatten(2, 3)
