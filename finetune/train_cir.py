@@ -286,7 +286,7 @@ def export(
     """Write the hand-off file and the record of the run."""
     weights = load_best(run.path / "resume") if config.export == "best" else model.state_dict()
     metrics: dict[str, Any] = dict(state.best if config.export == "best" else state.validation)
-    if metrics and data.validation:
+    if metrics and data.validation is not None:
         made = protocol(data.validation.annotations, model, config.decoding)
         metrics["protocol"] = {**made, "export": config.export}
     plain = to_plain(config)

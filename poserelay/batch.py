@@ -100,6 +100,3 @@ class PyramidBatch(Tensors):
     sizes: Tensor
     """`[B, 2]` float64, (height, width) of the images, image pixels."""
     image_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.sizes)

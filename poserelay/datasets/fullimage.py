@@ -213,9 +213,9 @@ def pyramid(picture: np.ndarray, size: int, scales: Sequence[float], image_id: i
 def collate_images(records: Sequence[ImageRecord]) -> ImageBatch:
     """Stack crops, with empty slots for the persons and regions that an image has fewer of than another."""
 
-    def padded(field: str, least: int = 1) -> torch.Tensor:
+    def padded(field: str) -> torch.Tensor:
         values = [getattr(record, field) for record in records]
-        most = max(least, *(len(value) for value in values))
+        most = max(1, *(len(value) for value in values))
         result = np.zeros((len(values), most, *values[0].shape[1:]), dtype=values[0].dtype)
         for row, value in enumerate(values):
             result[row, : len(value)] = value
