@@ -11,7 +11,7 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,cpu]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,cpu,onnx]"
 	touch $@
 
 demo: $(SETUP)
