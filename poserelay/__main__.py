@@ -6,7 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from .command import run_commands
-from .config import ConvertConfig, DetectConfig, ExportConfig, ImportConfig, InspectConfig, PrepareConfig, SelectConfig
+from .config import (
+    ConvertConfig,
+    DetectConfig,
+    ExportConfig,
+    ExportModelConfig,
+    ImportConfig,
+    InspectConfig,
+    PrepareConfig,
+    SelectConfig,
+)
 from .synthesize import SynthesizeConfig
 from .synthesize import main as synthesize
 
@@ -15,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
 
     def inspect(config: InspectConfig) -> None:
-        from .inspection import main as run
+        if config.data is None:
+            from .inspection import main as run
+        else:
+            from .statistics import main as run
 
         run(config)
 
@@ -49,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(config)
 
+    def export_model(config: ExportModelConfig) -> None:
+        from .deployment import main as run
+
+        run(config)
+
     commands = {
         "synthesize": (SynthesizeConfig, synthesize),
         "inspect": (InspectConfig, inspect),
@@ -58,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "detect": (DetectConfig, detect),
         "import-weights": (ImportConfig, import_weights),
         "export-weights": (ExportConfig, export_weights),
+        "export-model": (ExportModelConfig, export_model),
     }
-    return run_commands(argv, "poserelay", commands, partly=("inspect",))
+    return run_commands(argv, "poserelay", commands, partly={"inspect": ("model",)})
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ class _Parser(ArgumentParser):
 
 
 def parse(
-    config_class: type[Config], argv: Sequence[str], prog: str, *, partly: bool = False, references: bool = False
+    config_class: type[Config], argv: Sequence[str], prog: str, *, partly: Sequence[str] = (), references: bool = False
 ) -> Config:
     """Read `--config FILE` and dotted overrides into the frozen dataclass `config_class`.
 
-    `partly` leaves out the file's top-level fields that the class does not have: a command that reads one block of a
-    stage's recipe. `references` allows `${`: the launcher's own file, whose references it resolves.
+    `partly` are the only top-level fields that are read of the file, where there are any: a command that reads one
+    block of a stage's recipe. `references` allows `${`: the launcher's own file, whose references it resolves.
 
     Raises UserError for an unknown field (with the nearest name), a value of the wrong type, a missing required field,
     every ValueError of a `__post_init__`, and a text with `${`, which only a launcher resolves; SystemExit(0) after
@@ -47,9 +47,11 @@ def parse(
         _check_yaml(file)
     arguments = _complete_flags(config_class, argv)
     if partly:
-        names = {f.name for f in dataclasses.fields(config_class)}  # pyright: ignore[reportArgumentType]
         blocks = {
-            key: value for f in files for key, value in yaml.safe_load(f.read_text("utf-8-sig")).items() if key in names
+            key: value
+            for f in files
+            for key, value in yaml.safe_load(f.read_text("utf-8-sig")).items()
+            if key in partly
         }
         kept = [
             a
@@ -130,11 +132,11 @@ def run_commands(
     prog: str,
     commands: Mapping[str, tuple[type, Callable[[Any], object]]],
     *,
-    partly: Sequence[str] = (),
+    partly: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
     """Dispatch `prog NAME ...` to (config class, function) and return the exit code of the contract.
 
-    The commands named in `partly` read only their own fields of a config file.
+    The commands named in `partly` read only these top-level fields of a config file.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -147,7 +149,7 @@ def run_commands(
         print(f"error: {prog} has no command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)
         return 2
     config_class, function = commands[name]
-    return run_command(rest, f"{prog} {name}", config_class, function, partly=name in partly)
+    return run_command(rest, f"{prog} {name}", config_class, function, partly=(partly or {}).get(name, ()))
 
 
 def run_command(
@@ -156,7 +158,7 @@ def run_command(
     config_class: type,
     function: Callable[[Any], object],
     *,
-    partly: bool = False,
+    partly: Sequence[str] = (),
     references: bool = False,
 ) -> int:
     """Parse `argv` and call `function(config)`; return the exit code of the contract."""
@@ -172,7 +174,9 @@ def _complete_flags(config_class: Any, argv: Sequence[str]) -> list[str]:
     hints = get_type_hints(config_class)
     following = [*argv, "--"][1:]
     return [
-        f"{argument}=true" if hints.get(argument[2:]) is bool and after.startswith("--") else argument
+        f"{argument}=true"
+        if argument.startswith("--") and hints.get(argument[2:]) is bool and after.startswith("--")
+        else argument
         for argument, after in zip(argv, following, strict=True)
     ]
 

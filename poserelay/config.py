@@ -332,29 +332,44 @@ class AdamConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Print a model's parameters, multiply-accumulates and output size."""
+    """Print a model's parameters, multiply-accumulates and output size, or what an annotation file holds."""
 
-    model: ModelConfig
+    model: ModelConfig | None = None
     """The `model:` block of any recipe; the rest of the file is not read."""
+    data: OptionalFile = None
+    """COCO-keypoint JSON to describe instead: its persons, joints, sizes and overlaps, and what is missing."""
+    images: OptionalFile = None
+    """Folder of the pictures of `data`, to count those that are missing there."""
+    out: OptionalFile = None
+    """Folder for a chart of `data`, statistics.png (CCM Fig. 1)."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.data is None):
+            raise ValueError("give --config FILE, a recipe with the model to describe, or --data FILE, annotations")
+        for name in ("images", "out"):
+            if self.data is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given without data, the annotations to describe; leave it out")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Turn the annotations of another dataset, as its site ships them, into one COCO JSON."""
 
-    dataset: Literal["mpii", "aic", "lsp", "crowdpose", "ochuman", "posetrack18"]
-    """Whose layouts to expect; the joints get the names of the packaged skeleton of that dataset."""
+    dataset: Literal["mpii", "aic", "lsp", "crowdpose", "ochuman", "posetrack18", "deeplabcut", "coco"]
+    """Whose layouts to expect; the joints get the names of the packaged skeleton of that dataset, or keep their own
+    (deeplabcut, lightning-pose's too, and coco, any COCO-keypoint file)."""
     annotations: File
     """mpii: the site's .mat, or HRNet's train.json or valid.json; aic: the competition's list, or mmpose's file; lsp:
     joints.mat, of Extended too; crowdpose: its JSON; ochuman: ochuman.json, or its COCO files; posetrack18: the folder
-    of one part's videos, or mmpose's file."""
+    of one part's videos, or mmpose's file; deeplabcut: CollectedData_SCORER.csv, or the folder of a project; coco: a
+    COCO-keypoint JSON that we do not read as it is, such as one with a category per species."""
     out: File
-    """JSON file to write."""
+    """JSON file to write, NAME.json, with a report of what was left out, NAME.report.json."""
     images: OptionalFile = None
     """Folder of the pictures (posetrack18: the one that holds `images`), for their sizes; not needed where the
-    annotations say them (crowdpose, ochuman, mmpose's aic and posetrack18)."""
+    annotations say them (crowdpose, ochuman, mmpose's aic and posetrack18, most of coco)."""
     head_boxes: OptionalFile = None
     """gt_valid.mat of the same persons as mpii's valid.json, for PCKh; the site's .mat has head boxes itself."""
     split: Literal["all", "train", "val", "test"] = "all"
@@ -365,11 +380,18 @@ class ConvertConfig:
     ignore_regions: bool = True
     """posetrack18: its ignored regions as boxes marked iscrowd. Set it false to score with annotated boxes: COCO's
     evaluator forgives wrong poses within three times the sides of such a box, which is most of many frames."""
+    skeleton: SkeletonFile | None = None
+    """deeplabcut, coco: packaged name or YAML file, whose joints to take by name, with its limbs; null: all joints."""
+    box_margin: float = 20.0
+    """deeplabcut, and coco where a box is missing: pixels that the box goes beyond the labelled joints on each side, as
+    far as the picture reaches (DeepLabCut's bbox_margin)."""
     max_unreadable: float = 0.01
     """Share of the pictures that may be missing or unreadable, and left out with their persons."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"max_unreadable": (0, 1)})
+        check_ranges(self, {"max_unreadable": (0, 1), "box_margin": (0, 10_000)})
+        if self.skeleton is not None and self.dataset not in ("deeplabcut", "coco"):
+            raise ValueError(f"skeleton: {self.dataset} has one of its own; leave it out")
         if self.head_boxes is not None and self.dataset != "mpii":
             raise ValueError(f"head_boxes: {self.dataset} has none, they are mpii's; leave it out")
         parts = {"lsp": ("train", "test"), "ochuman": ("val", "test")}.get(self.dataset, ())
@@ -583,3 +605,21 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.out.endswith((".pth", ".safetensors")):
             raise ValueError(f"out is {self.out!r}, expected a name that ends in .pth or .safetensors")
+
+
+@dataclass(frozen=True)
+class ExportModelConfig:
+    """Write a pose model as one graph from uint8 pixels to joints, for ONNX Runtime or for torch without poserelay."""
+
+    checkpoint: File
+    """Hand-off file (export/model.safetensors) of a pose model, top-down or single-stage."""
+    out: File
+    """File to write, .onnx or .pt2 (torch.export)."""
+    images: OptionalFile = None
+    """Folder of pictures on some of which the graph is compared with the model; null: on noise alone."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """What the graph does; rescore_threshold and nms are left to who runs it, and there is one of whole.scales."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith((".onnx", ".pt2")):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends in .onnx or .pt2")

@@ -18,6 +18,7 @@ from .model import PoseModel, build_backbone, build_model, build_single_stage, i
 
 def main(config: InspectConfig) -> None:
     """Print `inspect_model`, as text or as one JSON object."""
+    assert config.model is not None, "checked by InspectConfig"
     figures = inspect_model(config.model)
     print(json.dumps(figures) if config.json else format_inspection(figures))
 

@@ -271,6 +271,10 @@ def test_mpii_real_gives_the_published_pckh(tmp_path: Path) -> None:
     for box, person in zip(found.boxes, json.loads(source.read_text()), strict=True):
         expected = hrnet_affine(person["center"], person["scale"], 256, 256)
         np.testing.assert_allclose(box_to_affine(box, (256, 256)), expected, rtol=1e-9, atol=1e-8)
+    # gt_valid.mat and the list have the same positions, pixels from 1.
+    positions = loadmat(heads)["pos_gt_src"].transpose(2, 0, 1)
+    labelled = found.visibility > 0
+    np.testing.assert_array_equal(found.keypoints[labelled], positions[labelled] - 1)
     # HRNet's predictions count pixels from 1, ours from 0.
     predicted = loadmat(real("mpii", "pred.mat"))["preds"] - 1
     correct = counted = 0

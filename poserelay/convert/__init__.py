@@ -2,8 +2,8 @@
 
 One file per dataset reads its layouts into COCO records; what several need is here. Ids count from 1 in the order of
 the source (a COCO file keeps its own), keypoints and boxes are in image pixels whose (0, 0) is the centre of the
-top-left pixel, and the joints are those of the packaged skeleton. No `area` is added (but OCHuman's, the whole box):
-`read_coco` then takes 0.53 of the box. Imports no torch.
+top-left pixel, and the joints are those of the packaged skeleton, or the file's own (deeplabcut, coco). No `area` is
+added (but OCHuman's, the whole box): `read_coco` then takes 0.53 of the box. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import scipy.io
+from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
 from ..config import ConvertConfig
 from ..errors import UserError
 from ..keypoints import Skeleton, load_skeleton, match_joints
-from ..run import write_json
+from ..run import write_json, write_text
 
 SKELETONS = {
     "mpii": "mpii16",
@@ -35,6 +36,7 @@ SKELETONS = {
     "ochuman": "coco17",
     "posetrack18": "posetrack18",
 }
+"""Packaged skeletons of the datasets that have one."""
 CATEGORY = 1
 """Id of the one category."""
 THREADS = 16
@@ -42,6 +44,8 @@ THREADS = 16
 LOST = "on a picture that is missing or unreadable"
 NO_AREA = "whose box has no area"
 OUTSIDE = "whose box lies outside its picture"
+NAMED = 20
+"""Names that the report lists of what was left out for one reason."""
 
 
 @dataclass
@@ -52,46 +56,73 @@ class Conversion:
     annotations: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     """How many of what, and why, such as "persons whose box has no area"."""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """The first `NAMED` of what was dropped for each reason, as a message would call them."""
     notes: list[str] = field(default_factory=list)
     """What else the user should know."""
+    skeleton: Skeleton | None = None
+    """Of a dataset whose joints are the file's own."""
+
+    def drop(self, reason: str, name: str) -> None:
+        """Count what is left out, and keep its name where there are few."""
+        self.dropped[reason] += 1
+        kept = self.names.setdefault(reason, [])
+        if len(kept) < NAMED:
+            kept.append(name)
 
 
 def main(config: ConvertConfig) -> None:
     """Entry of `poserelay convert`; prints the path of the JSON, and on stderr what is in it and what was left out.
 
-    The same input gives the same bytes. Raises UserError: as the dataset's reader and `check_out`; no person is left.
+    The same goes into a report beside the JSON (`report_path`), with names. The same input gives the same bytes. Raises
+    UserError: as the dataset's reader and `check_out`; no person is left.
     """
     out = Path(config.out)
     check_out(out, config)
     found = read(config)
+    found.dropped = +found.dropped  # without zeros
     if not found.annotations:
-        raise UserError(f"{config.annotations}: no person left to convert ({_listed(found.dropped) or 'it has none'})")
-    skeleton = load_skeleton(SKELETONS[config.dataset])
+        raise UserError(f"{config.annotations}: no person left to convert ({_listed(found) or 'it has none'})")
+    skeleton = found.skeleton or load_skeleton(SKELETONS[config.dataset])
     write_json(
         out,
         {
             "info": _info(config.dataset),
             "images": found.images,
             "annotations": found.annotations,
-            "categories": [category(skeleton)],
+            "categories": [category(skeleton, found.skeleton.name if found.skeleton else "person")],
         },
     )
-    counts = f"{len(found.images)} pictures, {len(found.annotations)} persons"
     labelled = sum(any(record["keypoints"][2::3]) and not record["iscrowd"] for record in found.annotations)
     if crowds := sum(record["iscrowd"] for record in found.annotations):
         found.notes.append(
             f"{crowds} of the persons are marked iscrowd, and neither trained on nor counted as labelled"
         )
-    print(f"convert: {counts}, {labelled} of them with labelled joints", file=sys.stderr)
+    counts = {"pictures": len(found.images), "persons": len(found.annotations), "labelled": labelled}
+    dropped = [
+        {"reason": reason, "count": count, "names": found.names.get(reason, [])}
+        for reason, count in found.dropped.items()
+    ]
+    report = {"info": _info(config.dataset), **counts, "dropped": dropped, "notes": found.notes}
+    write_text(report_path(out), json.dumps(report, indent=1) + "\n")
+    told = f"{counts['pictures']} pictures, {counts['persons']} persons"
+    print(f"convert: {told}, {labelled} of them with labelled joints", file=sys.stderr)
     for line in [f"left out: {count} {reason}" for reason, count in found.dropped.items()] + found.notes:
         print(f"convert: {line}", file=sys.stderr)
     print(out)
 
 
+def report_path(out: Path) -> Path:
+    """Where the report on a conversion goes: train.report.json beside train.json."""
+    return out.with_suffix(".report.json")
+
+
 def read(config: ConvertConfig) -> Conversion:
     """The records of the dataset that the configuration names."""
     from .aic import read_aic
+    from .coco import read_any_coco
     from .crowdpose import read_crowdpose
+    from .deeplabcut import read_deeplabcut
     from .lsp import read_lsp
     from .mpii import read_mpii
     from .ochuman import read_ochuman
@@ -109,31 +140,36 @@ def read(config: ConvertConfig) -> Conversion:
         return read_ochuman(path, config.split, config.iou_range)
     if config.dataset == "posetrack18":
         return read_posetrack18(path, pictures, config.ignore_regions)
+    if config.dataset in ("deeplabcut", "coco"):
+        skeleton = None if config.skeleton is None else load_skeleton(config.skeleton)
+        reader = read_deeplabcut if config.dataset == "deeplabcut" else read_any_coco
+        return reader(path, pictures, skeleton, config.box_margin)
     return read_crowdpose(path)
 
 
 def check_out(out: Path, config: ConvertConfig) -> None:
-    """Raise UserError unless `out` is a new file, or one of the same dataset that this command wrote."""
-    if out.resolve().parent == Path(config.annotations).resolve():
+    """Raise UserError unless `out` and its report are new files, or ones of this dataset that this command wrote."""
+    if config.dataset == "posetrack18" and out.resolve().parent == Path(config.annotations).resolve():
         raise UserError(f"--out {out}: is in the folder that --annotations reads; name another one")
-    if not out.exists():
-        return
-    start = json.dumps({"info": _info(config.dataset)})[:-1].encode()
-    if not out.is_file() or not _starts_with(out, start):
-        raise UserError(f"--out {out}: exists and is no {config.dataset} file that we converted; name another file")
+    for file in (out, report_path(out)):
+        start = json.dumps({"info": _info(config.dataset)}, indent=None if file is out else 1)
+        if file.exists() and not (file.is_file() and _starts_with(file, start.rstrip("}\n ").encode())):
+            raise UserError(
+                f"--out {file}: exists and is no {config.dataset} file that we converted; name another file"
+            )
     for name in ("annotations", "head_boxes"):
         source = getattr(config, name)
-        if source is not None and Path(source).exists() and out.samefile(source):
+        if source is not None and Path(source).exists() and out.exists() and out.samefile(source):
             raise UserError(f"--out {out}: would write over what --{name} reads; name another file")
 
 
-def category(skeleton: Skeleton) -> dict[str, Any]:
+def category(skeleton: Skeleton, name: str = "person") -> dict[str, Any]:
     """The COCO category with the joints and limbs of a skeleton."""
     limbs = [[index + 1 for index in skeleton.indices(limb)] for limb in skeleton.limbs]
     return {
         "id": CATEGORY,
-        "name": "person",
-        "supercategory": "person",
+        "name": name,
+        "supercategory": name,
         "keypoints": list(skeleton.joints),
         "skeleton": limbs,
     }
@@ -153,6 +189,19 @@ def person(number: int, image_id: int, box: Sequence[float], joints: Sequence[Se
         "keypoints": keypoints,
         "num_keypoints": sum(v > 0 for v in keypoints[2::3]),
     }
+
+
+def joints_box(places: np.ndarray, margins: ArrayLike) -> list[float]:
+    """Box xywh about joints `[n, 2]`, grown on each side by `margins` (one, or those of x and y), image pixels."""
+    low, high = places.min(axis=0), places.max(axis=0)
+    return [*(low - margins).tolist(), *(high - low + 2 * np.asarray(margins)).tolist()]
+
+
+def clipped_box(places: np.ndarray, margin: float, size: tuple[int, int]) -> list[float]:
+    """`joints_box` within a picture of (width, height); with a side of 0 or less where it lies outside."""
+    x, y, width, height = joints_box(places, margin)
+    left, top = max(x, 0.0), max(y, 0.0)
+    return [left, top, min(x + width, float(size[0])) - left, min(y + height, float(size[1])) - top]
 
 
 def box_problem(record: Mapping[str, Any], size: tuple[int, int]) -> str | None:
@@ -216,9 +265,33 @@ def place_pictures(found: Conversion, names: Sequence[str], pictures: Pictures, 
     for name, number in ids.items():
         width, height = sizes[name]
         found.images.append({"id": number, "file_name": name, "width": width, "height": height})
-    if len(ids) < len(unique):
-        found.dropped["pictures that are missing or unreadable"] = len(unique) - len(ids)
+    for name in unique:
+        if name not in ids:
+            found.drop("pictures that are missing or unreadable", name)
     return ids
+
+
+def fill_sizes(records: Sequence[dict[str, Any]], pictures: Pictures | None, path: Path, found: Conversion) -> set[int]:
+    """Give records of `images` the width and height that they lack; returns the ids of those whose picture is lost.
+
+    Raises UserError: as `require_pictures` where one lacks them.
+    """
+    lacking = [
+        record
+        for record in records
+        if (record.get("width") is None or record.get("height") is None) and isinstance(record.get("file_name"), str)
+    ]
+    if not lacking:
+        return set()
+    sizes = require_pictures(pictures, path).sizes(list(dict.fromkeys(record["file_name"] for record in lacking)))
+    lost = set()
+    for record in lacking:
+        if record["file_name"] in sizes:
+            record["width"], record["height"] = sizes[record["file_name"]]
+        else:
+            lost.add(record["id"])
+            found.drop("pictures that are missing or unreadable", record["file_name"])
+    return lost
 
 
 def read_mat(path: Path, *names: str) -> list[Any]:
@@ -266,17 +339,17 @@ def tidy_coco(path: Path, data: Any, skeleton: Skeleton) -> Conversion:
     found = Conversion()
     sizes: dict[int, tuple[int, int]] = {}
     for record in data["images"]:
-        image = _image(path, record)
+        image = coco_image(path, record)
         if image["id"] in sizes:
-            found.dropped["images whose id appeared before"] += 1
+            found.drop("images whose id appeared before", f"image {image['id']}")
             continue
         sizes[image["id"]] = image["width"], image["height"]
         found.images.append(image)
     seen: set[int] = set()
     for record in data["annotations"]:
-        annotation, problem = _annotation(path, record, source, order, sizes, seen)
+        annotation, problem = coco_annotation(path, record, source, order, sizes, seen)
         if problem:
-            found.dropped[f"persons {problem}"] += 1
+            found.drop(f"persons {problem}", f"annotation {record['id']}")
             continue
         seen.add(annotation["id"])
         found.annotations.append(annotation)
@@ -308,7 +381,8 @@ def _matched_category(path: Path, categories: Any, skeleton: Skeleton) -> tuple[
     return with_joints[0]["id"], [place for place in order if place is not None]
 
 
-def _image(path: Path, record: Any) -> dict[str, Any]:
+def coco_image(path: Path, record: Any) -> dict[str, Any]:
+    """What is kept of a record of `images`: id, file_name, width, height, crowdIndex. Raises UserError: malformed."""
     number = record.get("id") if isinstance(record, dict) else record
     where = f"{path}: image {number!r}"
     if not isinstance(record, dict) or type(number) is not int:
@@ -333,10 +407,17 @@ def image_record(record: Mapping[str, Any], number: int, where: str) -> dict[str
     return {"id": number, "file_name": name, "width": width, "height": height}
 
 
-def _annotation(
+def coco_annotation(
     path: Path, record: Any, source: Any, order: Sequence[int], sizes: Mapping[int, tuple[int, int]], seen: set[int]
 ) -> tuple[dict[str, Any], str | None]:
-    """An annotation of ours, and why it cannot be used."""
+    """An annotation of ours, and why it cannot be used, None where it can; raises UserError where it is malformed.
+
+    Args:
+        source: id of the category that is taken.
+        order: for each of our joints its place in the record.
+        sizes: (width, height) of each image by its id.
+        seen: ids of the annotations before this one.
+    """
     number = record.get("id") if isinstance(record, dict) else record
     where = f"{path}: annotation {number!r}"
     if not isinstance(record, dict) or type(number) is not int or type(record.get("image_id")) is not int:
@@ -381,8 +462,10 @@ def _info(dataset: str) -> dict[str, str]:
     return {"converter": "poserelay convert", "dataset": dataset}
 
 
-def _listed(dropped: Mapping[str, int]) -> str:
-    return "; ".join(f"left out: {count} {reason}" for reason, count in dropped.items())
+def _listed(found: Conversion) -> str:
+    """What was left out, with an example of each."""
+    examples = {reason: f" ({names[0]})" for reason, names in found.names.items()}
+    return "; ".join(f"left out: {count} {why}{examples.get(why, '')}" for why, count in found.dropped.items())
 
 
 def as_floats(values: Any, count: int) -> np.ndarray | None:

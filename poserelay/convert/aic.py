@@ -59,15 +59,16 @@ def read_aic(path: Path, pictures: Pictures | None) -> Conversion:
         boxes, joints = record["human_annotations"], record["keypoint_annotations"]
         for human in dict.fromkeys([*boxes, *joints]):
             number += 1
+            name = f"picture {record['image_id']}, {human}"
             if image is None or human not in boxes:
-                found.dropped[f"persons {LOST}" if image is None else "persons without a box"] += 1
+                found.drop(f"persons {LOST}" if image is None else "persons without a box", name)
                 continue
-            where = f"{path}: picture {record['image_id']}, {human}"
+            where = f"{path}: {name}"
             x1, y1, x2, y2 = numbers(boxes[human], 4, f"{where}: field human_annotations")
             labels = _joints(joints[human], where) if human in joints else [(0.0, 0.0, 0)] * JOINTS
             annotation = person(number, image, [x1, y1, x2 - x1, y2 - y1], labels)
             if problem := box_problem(annotation, sizes[image]):
-                found.dropped[f"persons {problem}"] += 1
+                found.drop(f"persons {problem}", name)
                 continue
             found.annotations.append(annotation)
     return found

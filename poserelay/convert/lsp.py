@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from . import LOST, Conversion, Pictures, box_problem, person, place_pictures, read_mat, require_pictures
+from . import LOST, Conversion, Pictures, box_problem, joints_box, person, place_pictures, read_mat, require_pictures
 
 JOINTS = 14
 MARGIN = 0.1
@@ -58,7 +58,7 @@ def read_lsp(path: Path, pictures: Pictures | None, split: str = "all") -> Conve
     sizes = {image["id"]: (image["width"], image["height"]) for image in found.images}
     for number, name in names.items():
         if name not in ids:
-            found.dropped[f"persons {LOST}"] += 1
+            found.drop(f"persons {LOST}", name)
             continue
         places, labels = joints[number - 1, :, :2] - 1, visibility[number - 1]
         labelled = places[labels > 0]
@@ -67,19 +67,13 @@ def read_lsp(path: Path, pictures: Pictures | None, split: str = "all") -> Conve
                 f"{path}: joints of picture {number} ({name}): NaN or infinity; give the dataset's own file"
             )
         if len(labelled) < 2 or not np.ptp(labelled, axis=0).any():
-            found.dropped["persons without two labelled joints, which have no box"] += 1
+            found.drop("persons without two labelled joints, which have no box", name)
             continue
         triples = np.column_stack([places, labels]).tolist()
-        record = person(number, number, joints_box(labelled), triples)
+        margin = MARGIN * float(np.ptp(labelled, axis=0).max())
+        record = person(number, number, joints_box(labelled, margin), triples)
         if problem := box_problem(record, sizes[number]):
-            found.dropped[f"persons {problem}"] += 1
+            found.drop(f"persons {problem}", name)
             continue
         found.annotations.append(record)
     return found
-
-
-def joints_box(places: np.ndarray) -> list[float]:
-    """Box xywh about joints `[n, 2]`, n >= 2, with the margin, image pixels."""
-    low, high = places.min(axis=0), places.max(axis=0)
-    margin = MARGIN * float((high - low).max())
-    return [*(low - margin).tolist(), *(high - low + 2 * margin).tolist()]

@@ -1,8 +1,10 @@
 """MPII Human Pose: the site's mpii_human_pose_v1_u12_1.mat, or the JSON lists of HRNet, SimpleBaseline and mmpose.
 
-Both give a person's rough centre and its scale (height / 200 pixels), counted from 1. HRNet crops a square of
-1.25 * 200 * scale pixels about the centre moved down by 15 * scale (lib/dataset/mpii.py). Our `bbox` is that square
-without the factor, which is the padding that `geometry.box_to_affine` adds: the crop is HRNet's.
+Both give a person's rough centre and its scale (height / 200 pixels). Pixels count from 1, in joints, centres and head
+boxes: the site does not say so, but HRNet's authors have asked MPII's (microsoft/human-pose-estimation.pytorch, issue
+110). HRNet crops a square of 1.25 * 200 * scale pixels about the centre moved down by 15 * scale
+(lib/dataset/mpii.py). Our `bbox` is that square without the factor, which is the padding that `geometry.box_to_affine`
+adds: the crop is HRNet's.
 
 Such a square reaches over the picture's edge, and HRNet does not clip it. Boxes that are clipped to the picture, as
 COCO's are, give smaller crops about another centre; `bbox_clip: false` in every annotation says that it is not meant.
@@ -84,13 +86,14 @@ def read_mpii(path: Path, pictures: Pictures | None, head_boxes: Path | None = N
     heads = 0
     for number, annotated in enumerate(persons, 1):
         image = ids.get(annotated.image)
+        name = annotated.where.removeprefix(f"{path}: ")
         if image is None or annotated.center is None or annotated.scale is None:
-            found.dropped[f"persons {LOST}" if image is None else "persons without a position or a scale"] += 1
+            found.drop(f"persons {LOST}" if image is None else "persons without a position or a scale", name)
             continue
         joints = [(x - 1, y - 1, visibility) for x, y, visibility in annotated.joints]
         record = person(number, image, crop_box(annotated.center, annotated.scale), joints)
         if problem := box_problem(record, sizes[image]):
-            found.dropped[f"persons {problem}"] += 1
+            found.drop(f"persons {problem}", name)
             continue
         record["bbox_clip"] = False
         if annotated.head is not None and annotated.head[:2] != annotated.head[2:]:

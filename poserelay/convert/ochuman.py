@@ -5,15 +5,16 @@ joints, the whole box as `area`, and visibility 2 where a joint is seen or hidde
 it. `val` is the first 2,500 of the pictures with such a person, by image_id, and `test` the rest; ids count from 1 in
 that order.
 
-MaxIoU is the highest IoU of a person's box with another's of its picture. Files of a range of it (moderate [0.5, 0.75),
-hard [0.75, 1]) have neither the persons outside nor the pictures without one inside, as the API's: a pose on a person
-that was left out is a false positive. Unlike the API's they keep the ids of the file without a range.
+MaxIoU is the highest IoU of a person's box with another's of its picture; every person carries it as `max_iou`. Files
+of a range of it (moderate [0.5, 0.75), hard [0.75, 1]) have neither the persons outside nor the pictures without one
+inside, as the API's: a pose on a person that was left out is a false positive. Unlike the API's they keep the ids of
+the file without a range.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def read_ochuman(path: Path, split: str = "all", iou_range: tuple[float, float] 
 
     Args:
         split: of ochuman.json, all, val or test; a COCO file is one of them already.
-        iou_range: only persons with low <= MaxIoU < high, or <= 1. ochuman.json states it; where it is absent, it is of
-            the boxes in the file.
+        iou_range: only persons with low <= MaxIoU < high, or <= 1. ochuman.json states it, and so does a file of
+            ours; where it is absent, it is of the boxes in the file.
 
     Raises:
         UserError: neither layout, a record that is not as described (names it), or a split of a COCO file.
@@ -47,16 +48,15 @@ def read_ochuman(path: Path, split: str = "all", iou_range: tuple[float, float] 
         raise UserError(f"--split {split}: {path} is no ochuman.json but one part already; leave it out")
     else:
         found = tidy_coco(path, data, load_skeleton("coco17"))
-        overlaps = {}
-        by_image = itertools.groupby(sorted(found.annotations, key=lambda a: a["image_id"]), lambda a: a["image_id"])
-        for _, group in by_image:
-            annotations = list(group)
-            ious = max_ious([annotation["bbox"] for annotation in annotations])
-            overlaps |= {annotation["id"]: iou for annotation, iou in zip(annotations, ious, strict=True)}
-        if iou_range is not None:
+        stated = {record.get("id"): record.get("max_iou") for record in data["annotations"] if isinstance(record, dict)}
+        known = bool(found.annotations) and all(is_number(stated[record["id"]]) for record in found.annotations)
+        overlaps = stated if known else _overlaps(found.annotations)
+        if iou_range is not None and not known:
             found.notes.append("MaxIoU is of the boxes in this file; ochuman.json states it, of all persons")
+    for annotation in found.annotations:
+        annotation["max_iou"] = overlaps[annotation["id"]]
     if iou_range is not None:
-        _keep_range(found, overlaps, *iou_range)
+        _keep_range(found, *iou_range)
     return found
 
 
@@ -71,17 +71,30 @@ def max_ious(boxes: Sequence[Sequence[float]]) -> list[float]:
     return found
 
 
-def _keep_range(found: Conversion, overlaps: Mapping[int, float], low: float, high: float) -> None:
+def _overlaps(annotations: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """MaxIoU of each by its id, of these boxes."""
+    found: dict[int, float] = {}
+    by_image = itertools.groupby(sorted(annotations, key=lambda a: a["image_id"]), lambda a: a["image_id"])
+    for _, group in by_image:
+        its = list(group)
+        ious = max_ious([annotation["bbox"] for annotation in its])
+        found |= {annotation["id"]: iou for annotation, iou in zip(its, ious, strict=True)}
+    return found
+
+
+def _keep_range(found: Conversion, low: float, high: float) -> None:
     kept = []
+    named = f"[{low:g}, {high:g}{']' if high == 1 else ')'}"
     for annotation in found.annotations:
-        overlap = overlaps[annotation["id"]]
+        overlap = annotation["max_iou"]
         if low <= overlap < high or overlap == high == 1:
             kept.append(annotation)
+        else:
+            found.drop(f"persons with a MaxIoU outside {named}", f"annotation {annotation['id']}")
     with_person = {annotation["image_id"] for annotation in kept}
-    named = f"[{low:g}, {high:g}{']' if high == 1 else ')'}"
-    found.dropped[f"persons with a MaxIoU outside {named}"] = len(found.annotations) - len(kept)
-    found.dropped["pictures without a person in that range"] = len(found.images) - len(with_person)
-    found.dropped = +found.dropped  # without zeros
+    for image in found.images:
+        if image["id"] not in with_person:
+            found.drop("pictures without a person in that range", image["file_name"])
     found.annotations = kept
     found.images = [image for image in found.images if image["id"] in with_person]
 
@@ -99,24 +112,27 @@ def _site(path: Path, data: dict[str, Any], split: str) -> tuple[Conversion, dic
     first, last = {"all": (0, len(having)), "val": (0, VAL), "test": (VAL, len(having))}[split]
     chosen = having[first:last]
     found = Conversion()
-    found.dropped[f"pictures without a person with {WITHOUT}"] = len(pictures) - len(having)
-    found.dropped["pictures of the other split"] = len(having) - len(chosen)
-    found.dropped = +found.dropped  # without zeros
+    for record in pictures:
+        if not any(map(_is_whole, record["annotations"])):
+            found.drop(f"pictures without a person with {WITHOUT}", f"picture {record['image_id']}")
+    for record in having[:first] + having[last:]:
+        found.drop("pictures of the other split", f"picture {record['image_id']}")
 
     overlaps: dict[int, float] = {}
     number = 0
     for image_id, record in enumerate(chosen, 1):
-        where = f"{path}: picture {record['image_id']}"
+        name = f"picture {record['image_id']}"
+        where = f"{path}: {name}"
         image = image_record(record, image_id, where)
         found.images.append(image)
         for annotation, iou in zip(record["annotations"], _ious(record["annotations"], where), strict=True):
             if not _is_whole(annotation):
-                found.dropped[f"persons without {WITHOUT}"] += 1
+                found.drop(f"persons without {WITHOUT}", f"{name}, one of {len(record['annotations'])}")
                 continue
             number += 1
             made = _annotation(annotation, number, image_id, order, len(names), f"{where}, person {number}")
             if problem := box_problem(made, (image["width"], image["height"])):
-                found.dropped[f"persons {problem}"] += 1
+                found.drop(f"persons {problem}", f"{name}, person {number}")
                 continue
             overlaps[number] = iou
             found.annotations.append(made)

@@ -11,13 +11,16 @@ and PoseTrack's own evaluator within the polygon.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..datasets.coco import read_json
 from ..errors import UserError
 from ..keypoints import load_skeleton
-from . import LOST, Conversion, Pictures, check_lists, numbers, person, require_pictures, tidy_coco
+from . import LOST, NAMED, Conversion, Pictures, check_lists, fill_sizes, joints_box, numbers, person, tidy_coco
 
 JOINTS = 17
 MARGIN = 0.15
@@ -37,21 +40,23 @@ def read_posetrack18(path: Path, pictures: Pictures | None, ignore_regions: bool
     """
     videos = {file: _read_video(file) for file in _files(path)}
     found = Conversion()
-    lost = _set_sizes([frame for data in videos.values() for frame in data["images"]], pictures, path, found)
+    labelled = [frame for data in videos.values() for frame in data["images"] if _is_labelled(frame)]
+    lost = fill_sizes(labelled, pictures, path, found)
     owners: dict[tuple[str, int], Path] = {}
     regions: list[tuple[int, list[float]]] = []
     for file, data in videos.items():
         frames = {frame["id"]: frame for frame in data["images"]}
-        unlabelled = {number for number, frame in frames.items() if not _is_labelled(frame)}
-        found.dropped["frames that are not labelled"] += len(unlabelled)
+        unlabelled = dict.fromkeys(number for number, frame in frames.items() if not _is_labelled(frame))
+        for number in unlabelled:
+            found.drop("frames that are not labelled", f"image {number}")
         persons = []
         for record in data["annotations"]:
             record = _with_box(record, file)
             if problem := _problem(record, unlabelled, lost):
-                found.dropped[f"persons {problem}"] += 1
+                found.drop(f"persons {problem}", f"annotation {record['id']}")
                 continue
             persons.append(record)
-        left = [frame for frame in data["images"] if frame["id"] not in unlabelled | lost]
+        left = [frame for frame in data["images"] if frame["id"] not in (*unlabelled, *lost)]
         part = tidy_coco(file, {**data, "images": left, "annotations": persons}, load_skeleton("posetrack18"))
         for kind, records in (("image", part.images), ("annotation", part.annotations)):
             for record in records:
@@ -64,9 +69,10 @@ def read_posetrack18(path: Path, pictures: Pictures | None, ignore_regions: bool
         found.images += part.images
         found.annotations += part.annotations
         found.dropped.update(part.dropped)
+        for reason, names in part.names.items():
+            found.names[reason] = [*found.names.get(reason, []), *names][:NAMED]
         if ignore_regions:
             regions += [(image["id"], box) for image in part.images for box in _regions(frames[image["id"]], file)]
-    found.dropped = +found.dropped  # without zeros
     first = max((record["id"] for record in found.annotations), default=0) + 1
     for number, (image_id, box) in enumerate(regions, first):
         found.annotations.append({**person(number, image_id, box, [(0, 0, 0)] * JOINTS), "iscrowd": 1})
@@ -99,42 +105,18 @@ def _is_labelled(frame: dict[str, Any]) -> bool:
     return bool(frame.get("is_labeled", frame.get("has_labeled_person", True)))
 
 
-def _set_sizes(frames: list[dict[str, Any]], pictures: Pictures | None, path: Path, found: Conversion) -> set[int]:
-    """Give the labelled frames the sizes that their files lack; returns the ids of those whose picture is lost."""
-    lacking = [
-        frame
-        for frame in frames
-        if (frame.get("width") is None or frame.get("height") is None)
-        and _is_labelled(frame)
-        and isinstance(frame.get("file_name"), str)
-    ]
-    if not lacking:
-        return set()
-    sizes = require_pictures(pictures, path).sizes(list(dict.fromkeys(frame["file_name"] for frame in lacking)))
-    lost = set()
-    for frame in lacking:
-        if frame["file_name"] in sizes:
-            frame["width"], frame["height"] = sizes[frame["file_name"]]
-        else:
-            lost.add(frame["id"])
-    found.dropped["pictures that are missing or unreadable"] = len(lost)
-    return lost
-
-
 def _with_box(record: dict[str, Any], file: Path) -> dict[str, Any]:
     """The person with a box about its joints where it has none, and there are two."""
     if record.get("bbox") or record.get("keypoints") is None:
         return record
     flat = numbers(record["keypoints"], 3 * JOINTS, f"{file}: annotation {record['id']}: field keypoints")
-    places = [flat[start : start + 2] for start in range(0, len(flat), 3) if flat[start + 2] > 0]
+    places = np.array([flat[start : start + 2] for start in range(0, len(flat), 3) if flat[start + 2] > 0])
     if len(places) < 2:
         return record
-    (x, width), (y, height) = ((min(values), max(values) - min(values)) for values in zip(*places, strict=True))
-    box = [x - MARGIN * width, y - MARGIN * height, (1 + 2 * MARGIN) * width, (1 + 2 * MARGIN) * height]
-    return {**record, "bbox": box}
+    return {**record, "bbox": joints_box(places, MARGIN * np.ptp(places, axis=0))}
 
 
-def _problem(record: dict[str, Any], unlabelled: set[int], lost: set[int]) -> str | None:
+def _problem(record: dict[str, Any], unlabelled: Container[int], lost: set[int]) -> str | None:
     """Why a person is left out before its record is looked at; None where it is not."""
     if record["image_id"] in unlabelled:
         return "on a frame that is not labelled"

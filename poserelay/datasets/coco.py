@@ -88,8 +88,8 @@ class Detections:
     """Detections left out: of another category, on an image not in the annotations, or scored under the threshold."""
 
 
-def read_coco(path: str | os.PathLike[str]) -> CocoAnnotations:
-    """Read a COCO-keypoint file.
+def read_coco(path: str | os.PathLike[str], data: Any = None) -> CocoAnnotations:
+    """Read a COCO-keypoint file; `data`: its JSON where it has been read (`read_json`).
 
     Annotations of categories without keypoints are left out; an absent `area` is 0.53 of the box. `head_box` (x1, y1,
     x2, y2) or `head_size` (0.6 of its diagonal) are read where they are given, and so is `bbox_clip`.
@@ -98,7 +98,7 @@ def read_coco(path: str | os.PathLike[str]) -> CocoAnnotations:
         UserError: not JSON, not COCO, or a record that cannot be used; names the file, the record and the field.
     """
     path = Path(path)
-    data = read_json(path)
+    data = read_json(path) if data is None else data
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a COCO annotation file: a JSON {_kind(data)}, not an object")
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(data.get(key), list)]
@@ -225,7 +225,8 @@ def _keypoint_category(path: Path, categories: list[Any]) -> dict[str, Any]:
     if len(found) != 1:
         names = ", ".join([repr(category.get("name")) for category in found[:3]] + ["..."] * (len(found) > 3))
         raise UserError(
-            f"{path}: {len(found)} categories with keypoints ({names or 'none'}), expected exactly one: keep one"
+            f"{path}: {len(found)} categories with keypoints ({names or 'none'}), expected exactly one: keep one, "
+            "or let `python -m poserelay convert --dataset coco` make one of those with the same joints"
         )
     category = found[0]
     joints = category["keypoints"]
