@@ -12,35 +12,37 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 from scipy.special import stdtrit
 
-from poserelay.datasets.coco import CocoAnnotations, read_coco
+from poserelay.datasets.coco import read_coco, read_json
 from poserelay.errors import UserError
 from poserelay.keypoints import Skeleton, resolve_skeleton
 from poserelay.pckh import NOT_COUNTED, head_sizes
 from poserelay.scoring import (
     POSES_PER_IMAGE,
+    Truth,
     check_results,
     correct_joints,
     evaluate_oks,
     has_crowd_index,
     match_results,
     oks_area,
+    parsed_truth,
     pck_reference,
-    read_parsed,
     read_results,
+    scored_truth,
     sigma_source,
+    take_joints,
 )
 
 from .config import CompareConfig
-from .score import format_report, without_nan
+from .score import format_report, warn_of_oks, warn_of_repeated, without_nan
 
 
 class Sample(NamedTuple):
-    """What is drawn anew: images or persons, `units` of them."""
+    """What is drawn anew: images, `units` of them."""
 
     units: int
     values: Callable[[np.ndarray], np.ndarray]
     """The metric `[2, S]` of both methods' S files, of a sample in which each unit is so often: `[units]` int64."""
-    name: str
     protocol: dict[str, Any]
 
 
@@ -63,11 +65,13 @@ def main(config: CompareConfig) -> dict[str, Any]:
     """Print and return {"metrics", "protocol", "files"}. Raises UserError for a file or record that cannot be used."""
     if config.annotations.endswith(".mat"):
         raise UserError(f"{config.annotations}: compare reads COCO JSON; `poserelay convert` makes it of MPII's files")
-    annotations = read_coco(config.annotations)
+    data = read_json(Path(config.annotations))
+    annotations = read_coco(config.annotations, data)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, config.annotations)
+    truth = scored_truth(annotations, skeleton, data=data)
     sides = {name: [side] if isinstance(side, str) else side for name, side in (("a", config.a), ("b", config.b))}
-    sample_of = sample_images if config.metric == "oks" else sample_persons
-    sample = sample_of(annotations, skeleton, [sides["a"], sides["b"]], config)
+    sample_of = sample_matches if config.metric == "oks" else sample_joints
+    sample = sample_of(truth, skeleton, [sides["a"], sides["b"]], config)
     found = paired_bootstrap(sample.values, sample.units, config.resamples, config.seed)
 
     name = {"oks": "AP", "pck": "PCK", "pckh": "PCKh@0.5"}[config.metric]
@@ -84,14 +88,15 @@ def main(config: CompareConfig) -> dict[str, Any]:
         "protocol": {
             "metric": config.metric,
             "split": Path(config.annotations).stem,
-            "instances": len(annotations.persons),
+            "instances": len(truth.counted.persons),
             "files_each": len(sides["a"]),
             "seed_spread": found.seed_spread,
-            "drawn": sample.name,
+            "drawn": "images",
             "units": sample.units,
             "resamples": config.resamples,
             "seed": config.seed,
             **sample.protocol,
+            **truth.protocol,
             # What the files do not tell about how their poses were made.
             **dict.fromkeys(("boxes", "flip", "decode", "rescoring", "nms")),
         },
@@ -134,14 +139,26 @@ def paired_bootstrap(
     return Difference(observed, float(paired.mean()), low, high, p, spread)
 
 
-def sample_persons(
-    annotations: CocoAnnotations, skeleton: Skeleton, sides: Sequence[Sequence[str]], config: CompareConfig
-) -> Sample:
-    """Persons of PCK or PCKh; each has the nearest pose of its image that is left (`match_results`)."""
+def read_scored(path: str, truth: Truth) -> list[dict[str, Any]]:
+    """The records of a results file, in the joints that are compared. Raises UserError."""
+    annotations = truth.file
+    results = read_results(path)
+    check_results(results, annotations.image_ids, annotations.category["id"], len(annotations.joints), path)
+    warn_of_repeated(results, path)
+    return take_joints(results, truth.columns)
+
+
+def sample_joints(truth: Truth, skeleton: Skeleton, sides: Sequence[Sequence[str]], config: CompareConfig) -> Sample:
+    """Images of PCK or PCKh, each with the correct and the labelled joints of all its persons.
+
+    Persons of an image stand or fall together, with its crowding and its light, so that drawing them one by one would
+    make the interval too short. Each has the nearest pose of its image that is left (`match_results`).
+    """
+    annotations = truth.counted
     persons = annotations.persons
-    truth, visibility = annotations.keypoints[persons], annotations.visibility[persons]
+    keypoints, visibility = annotations.keypoints[persons], annotations.visibility[persons]
     if config.metric == "pck":
-        reference, name = pck_reference(annotations, skeleton)
+        reference, name = pck_reference(annotations, skeleton, config.pck_reference)
         threshold = config.pck_threshold
     else:
         reference, name = head_sizes(annotations), "head size"
@@ -151,43 +168,40 @@ def sample_persons(
     counts = []
     labelled = np.zeros((len(persons), len(annotations.joints)), dtype=bool)
     for path in (path for side in sides for path in side):
-        results = read_results(path)
-        check_results(results, annotations.image_ids, annotations.category["id"], len(annotations.joints), path)
-        predicted = match_results(annotations, results)
-        correct, labelled = correct_joints(predicted, truth, visibility, reference, threshold)
+        predicted = match_results(annotations, read_scored(path, truth))
+        correct, labelled = correct_joints(predicted, keypoints, visibility, reference, threshold)
         counts.append(correct.sum(1))
     counted = labelled.any(axis=1)
     if not counted.any():
         raise UserError(f"{annotations.path}: no person has both a labelled joint and a {name}: nothing to measure by")
-    correct = np.array(counts, dtype=np.float64)[:, counted].reshape(2, -1, int(counted.sum()))
-    total = labelled.sum(1)[counted].astype(np.float64)
+    images, image_of = np.unique(annotations.image_index[persons[counted]], return_inverse=True)
+    sums = [np.bincount(image_of, row[counted], len(images)) for row in (*counts, labelled.sum(1))]
+    correct, total = np.array(sums[:-1]).reshape(2, -1, len(images)), sums[-1]
 
     def values(weights: np.ndarray) -> np.ndarray:
         return correct @ weights / (total @ weights)
 
     protocol = {"pck_threshold": threshold, "pck_reference": name, "matching": "nearest pose of the image"}
-    return Sample(int(counted.sum()), values, "persons", protocol)
+    return Sample(len(images), values, protocol)
 
 
-def sample_images(
-    annotations: CocoAnnotations, skeleton: Skeleton, sides: Sequence[Sequence[str]], config: CompareConfig
-) -> Sample:
+def sample_matches(truth: Truth, skeleton: Skeleton, sides: Sequence[Sequence[str]], _config: CompareConfig) -> Sample:
     """Images of OKS AP: matched once by pycocotools, accumulated anew for every sample of them."""
-    data = read_parsed(annotations.path)
+    data = parsed_truth(truth)
     crowdpose = has_crowd_index(data)
-    precisions = [
-        [
-            precision_of_sample(evaluate_oks(data, read_results(path), skeleton, path, area_of_box=crowdpose))
-            for path in side
-        ]
-        for side in sides
-    ]
+
+    def precision_of(path: str) -> Callable[[np.ndarray], float]:
+        results = read_scored(path, truth)
+        warn_of_oks(truth, results, skeleton, path)
+        return precision_of_sample(evaluate_oks(data, results, skeleton, path, area_of_box=crowdpose))
+
+    precisions = [[precision_of(path) for path in side] for side in sides]
 
     def values(weights: np.ndarray) -> np.ndarray:
         return np.array([[precision(weights) for precision in side] for side in precisions])
 
     protocol = {"sigmas": sigma_source(skeleton), "oks_area": oks_area(data), "poses_per_image": POSES_PER_IMAGE}
-    return Sample(len(annotations.image_ids), values, "images", protocol)
+    return Sample(len(truth.file.image_ids), values, protocol)
 
 
 def precision_of_sample(evaluation: COCOeval) -> Callable[[np.ndarray], float]:

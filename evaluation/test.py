@@ -22,18 +22,21 @@ from poserelay.errors import UserError
 from poserelay.inference import Poses, predict_poses, protocol, suppress, to_results
 from poserelay.keypoints import Skeleton, match_joints
 from poserelay.model import PoseModel, SingleStageModel
-from poserelay.pckh import pckh_of_persons
 from poserelay.run import write_json
 from poserelay.scoring import (
+    IOU_RANGES,
     Truth,
-    match_results,
+    has_crowd_index,
+    has_max_iou,
+    in_iou_range,
     mean_pose,
     oks_metrics,
     order_of_file,
     parsed_truth,
-    pck_of_truth,
+    pck_reference,
     place_joints,
     place_pose,
+    poses_of_persons,
     results_that_count,
     scored_truth,
 )
@@ -42,9 +45,10 @@ from poserelay.whole_images import protocol as whole_protocol
 
 from .calibration import NOT_MEASURED, calibration, format_scores
 from .config import TestConfig
-from .joint_accuracy import format_joints, joint_means, oks_areas
+from .joint_accuracy import format_joints
 from .reliance import blindness, format_reliance, reliance, reliance_crops
-from .score import format_report, without_nan
+from .score import PERSON_METRICS, accuracy_of_joints, format_report, person_metrics, warn_of_oks, without_nan
+from .submission import check_submission, write_submission
 
 CROPS, IMAGES = 64, 8
 """Per forward pass, where the configuration does not say."""
@@ -77,11 +81,19 @@ def main(config: TestConfig) -> dict[str, Any]:
     for path in paths:
         verify_handoff(path)
     model = load_predictor(paths)
-    hidden = is_hidden(config.annotations)
+    data = read_json(Path(config.annotations))
+    hidden = is_hidden(data)
     check_fields(config, paths[0], hidden, isinstance(model, SingleStageModel))
     model = model.to(start(config.device, "fp32", config.threads).device)
-    annotations = read_hidden(config.annotations, model.skeleton) if hidden else read_coco(config.annotations)
-    truth = scored_truth(annotations, model.skeleton, config.joints, config.labelled_joints)
+    annotations = (
+        read_hidden(config.annotations, data, model.skeleton) if hidden else read_coco(config.annotations, data)
+    )
+    truth = scored_truth(annotations, model.skeleton, config.joints, config.labelled_joints, data)
+    if not hidden:
+        pck_reference(truth.common, model.skeleton, config.pck_reference)  # said before the pictures are looked at
+    if config.submit is not None:
+        single_stage = isinstance(model, SingleStageModel)
+        check_submission(config.submit, truth, config.boxes, config.box_threshold, single_stage=single_stage)
     mean = None if config.baseline_annotations is None else mean_pose_of(config.baseline_annotations, truth.common)
     refined = model if isinstance(model, PoseModel) and model.refiner is not None and not hidden else None
     crops = None if refined is None else reliance_crops(refined, annotations, config.images)
@@ -97,14 +109,18 @@ def main(config: TestConfig) -> dict[str, Any]:
     scores = NOT_MEASURED
     if not hidden:
         predicted = measured_poses(found.poses, results, truth, found.own)
-        metrics, details = measure(predicted, results, truth, model.skeleton, config)
+        ranges = own_poses_of_ranges(found.poses, truth, model.skeleton, config) if found.own else None
+        metrics, details = measure(predicted, results, truth, model.skeleton, config, ranges)
         details["matching"] = "the box's own pose" if found.own else "nearest pose of the image"
-        joints = accuracy_of_joints(predicted, truth, model.skeleton)
+        warn_of_oks(truth, results, model.skeleton, "the model's poses")
+        joints = accuracy_of_joints(predicted[..., :2], truth, model.skeleton)
         scores = calibration(truth, results, model.skeleton)
     if found.baseline is not None:
         left = suppressed(found.baseline, truth, model.skeleton, config)
-        its_poses = measured_poses(found.baseline, left, truth, config.boxes == "gt")
-        its_metrics, _ = measure(its_poses, left, truth, model.skeleton, config)
+        own = config.boxes == "gt"
+        its_poses = measured_poses(found.baseline, left, truth, own)
+        its_ranges = own_poses_of_ranges(found.baseline, truth, model.skeleton, config) if own else None
+        its_metrics, _ = measure(its_poses, left, truth, model.skeleton, config, its_ranges)
         metrics |= {f"mean pose {name}": value for name, value in its_metrics.items()}
     report: dict[str, Any] = {
         "metrics": without_nan(metrics),
@@ -128,6 +144,9 @@ def main(config: TestConfig) -> dict[str, Any]:
         written = place_joints(results, truth.columns, len(annotations.joints))
         write_json(Path(config.out) / "predictions.json", written)
         write_json(Path(config.out) / "metrics.json", report)
+        if config.submit is not None:
+            file = write_submission(config.submit, Path(config.out), found.poses, results, truth, config.boxes)
+            print(f"submission: {file}", file=sys.stderr)
     if hidden and not config.json:
         print(f"{config.annotations} holds no annotations: nothing is scored. {len(results)} poses are in {config.out}")
     print(json.dumps(report) if config.json else format_all(report))
@@ -197,45 +216,59 @@ def suppressed(poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfi
 
 
 def measured_poses(poses: Poses, results: Sequence[Mapping[str, Any]], truth: Truth, own: bool) -> np.ndarray:
-    """The joints `[P, J, 2]` by which each of `truth.counted.persons` is measured, image pixels.
+    """The joints `[P, J, 3]` by which each of `truth.counted.persons` is measured: x, y in image pixels, confidence.
 
     Where `poses`, in the joints that are scored, are the persons' `own` its own pose; else the nearest one that OKS-NMS
     left in `results`, NaN where there is none.
     """
     if own:  # the poses are in the order of the file's persons
-        return poses.keypoints[np.isin(truth.file.persons, truth.counted.persons)]
-    return match_results(truth.common, results)[truth.rows]
+        rows = np.isin(truth.file.persons, truth.counted.persons)
+        return np.concatenate([poses.keypoints[rows], poses.joint_scores[rows][..., None]], axis=-1)
+    return poses_of_persons(truth.common, results)[truth.rows]
+
+
+def own_poses_of_ranges(
+    poses: Poses, truth: Truth, skeleton: Skeleton, config: TestConfig
+) -> dict[str, list[dict[str, Any]]] | None:
+    """For each of OCHuman's IOU_RANGES what OKS-NMS leaves of its persons' own poses; None of other files.
+
+    `poses` are those of the file's persons, in their order. It is what a file of the range gives with annotated boxes.
+    """
+    if not has_max_iou(truth.parsed) or has_crowd_index(truth.parsed):
+        return None
+    records = [r for r in truth.parsed["annotations"] if r["category_id"] == truth.file.category["id"]]
+    counted = np.isin(truth.file.persons, truth.counted.persons)
+    found = {}
+    for name in IOU_RANGES:
+        inside = np.array([in_iou_range(records[row]["max_iou"], name) for row in truth.file.persons], dtype=bool)
+        found[name] = suppressed(poses.take(np.flatnonzero(inside & counted)), truth, skeleton, config)
+    return found
 
 
 def measure(
-    predicted: np.ndarray, results: Sequence[Mapping[str, Any]], truth: Truth, skeleton: Skeleton, config: TestConfig
+    predicted: np.ndarray,
+    results: Sequence[Mapping[str, Any]],
+    truth: Truth,
+    skeleton: Skeleton,
+    config: TestConfig,
+    of_ranges: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of `results`, what OKS-NMS left of the poses in the joints that are scored, and their protocol.
 
-    OKS AP is of `results`. PCK, and PCKh where persons have head sizes, measure every person by its `measured_poses`.
+    OKS AP is of `results`, that of OCHuman's ranges of `of_ranges` where it is given. PCK, keypoint recall, and PCKh
+    where persons have head sizes, measure every person by its `measured_poses`.
     """
     counting = results_that_count(truth, results)
-    metrics, details = oks_metrics(parsed_truth(truth), counting, skeleton, config.crowd_levels)
-    found = [pck_of_truth(truth, predicted, skeleton, config.pck_threshold)]
-    if not np.isnan(truth.counted.head_sizes[truth.counted.persons]).all():
-        found.append(pckh_of_persons(truth.counted, predicted))
-    for more, its_details in found:
-        metrics, details = metrics | more, details | its_details
-    return metrics, {"instances": len(truth.counted.persons), **details}
+    metrics, details = oks_metrics(parsed_truth(truth), counting, skeleton, config.crowd_levels, of_ranges=of_ranges)
+    more, its_details, not_scored = person_metrics(
+        PERSON_METRICS, truth, predicted, skeleton, config.pck_threshold, config.pck_reference, "the model's poses"
+    )
+    details |= its_details | ({"not_scored": not_scored} if not_scored else {})
+    return metrics | more, {"instances": len(truth.counted.persons), **details}
 
 
-def accuracy_of_joints(predicted: np.ndarray, truth: Truth, skeleton: Skeleton) -> dict[str, dict[str, Any]]:
-    """`joint_means` of the `measured_poses` at the labels that count."""
-    counted, persons = truth.counted, truth.counted.persons
-    areas = oks_areas(counted, read_json(truth.file.path))[persons]
-    sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, counted.joints)]
-    labelled = counted.visibility[persons] > 0
-    return joint_means(predicted, counted.keypoints[persons], labelled, areas, counted.joints, sigmas)
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a COCO file lists images and no annotations, as a test set does whose truth is kept by others."""
-    data = read_json(Path(path))
+def is_hidden(data: Any) -> bool:
+    """Whether a COCO file's JSON lists images and no annotations, as a test set does whose truth is kept by others."""
     return isinstance(data, dict) and isinstance(data.get("images"), list) and data.get("annotations") in (None, [])
 
 
@@ -253,13 +286,13 @@ def check_fields(config: TestConfig, path: str, hidden: bool, single_stage: bool
         raise UserError(f"{without}: leave out baseline_annotations, joints and labelled_joints, or name another file")
 
 
-def read_hidden(path: str, skeleton: Skeleton) -> CocoAnnotations:
+def read_hidden(path: str, data: Mapping[str, Any], skeleton: Skeleton) -> CocoAnnotations:
     """The images of a file without annotations, in the category whose joints it describes, if it does so.
 
     Else in category 1 with the skeleton's joints, which is what COCO's server wants of a model of its 17.
     """
     images = read_images(path, skeleton)
-    categories = read_json(Path(path)).get("categories") or []
+    categories = data.get("categories") or []
     described = [category for category in categories if isinstance(category, dict) and category.get("keypoints")]
     if not described:
         return images

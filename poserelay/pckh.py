@@ -13,7 +13,7 @@ import numpy as np
 
 from .datasets.coco import SC_BIAS, CocoAnnotations
 from .errors import UserError
-from .scoring import pck
+from .scoring import pck, pck_auc
 
 NOT_COUNTED = ("pelvis", "thorax")
 """Joints that the total leaves out."""
@@ -65,12 +65,13 @@ class MpiiPoses:
 def pckh(
     predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray, head_sizes: np.ndarray, joints: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """PCKh@0.5 and PCKh@0.1 as fractions, in all and per group of joints, with their protocol.
+    """PCKh@0.5, PCKh@0.1 and the AUC as fractions, PCKh also per group of joints, with their protocol.
 
     A joint is correct at a distance of at most the threshold times `head_sizes` `[N]`, which is 0.6 of the head box's
     diagonal; persons with NaN or 0 there are left out and counted. The total is taken over all labelled joints but
     pelvis and thorax, so that joints weigh by their number; a group is the plain mean of its two sides, NaN where one
-    is never labelled. PCKh@0.11 is what HRNet's and SimpleBaseline's tables call Mean@0.1.
+    is never labelled. PCKh@0.11 is what HRNet's and SimpleBaseline's tables call Mean@0.1. PCKh AUC is the area under
+    the total's curve, thresholds from 0 to 0.5 (`scoring.pck_auc`).
 
     predicted, truth: `[N, K, 2]` pixels of one frame, a NaN prediction is a miss; visibility: `[N, K]`, labelled
     where > 0; joints: their K names, MPII's as in the skeleton mpii16.
@@ -85,6 +86,7 @@ def pckh(
         if threshold != 0.11:
             for name, rows in groups.items():
                 of_groups[f"PCKh@{threshold}/{name}"] = float(np.mean(found["per_joint"][rows]))
+    metrics["PCKh AUC"] = pck_auc(predicted, truth, (np.asarray(visibility) > 0) & counted, head_sizes)
     without = int((~(np.nan_to_num(head_sizes) > 0)).sum())
     details = {
         "pckh_reference": f"{SC_BIAS} of the head box's diagonal",

@@ -1,13 +1,16 @@
-"""Metrics of predicted poses: OKS average precision through pycocotools, PCK, and the mean pose as a baseline."""
+"""Metrics of predicted poses: OKS average precision through pycocotools, PCK, keypoint recall, and the mean pose."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +27,13 @@ CROWDPOSE_NAMES = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
 POSES_PER_IMAGE = 20
 CROWD_LEVELS = {"crowdpose": (0.2, 0.8), "icon": (0.1, 0.8)}
 """The crowdIndex from which an image is medium, and from which it is hard: CrowdPose's API, and ICON's text."""
+IOU_RANGES = {"moderate": (0.5, 0.75), "hard": (0.75, 1.0)}
+"""MaxIoU of OCHuman's persons, from and below (CCM, Table 3); 1 belongs to the last."""
+AUC_THRESHOLDS = np.arange(51) / 100
+"""MPII's toolkit: the curve of PCK is taken from 0 to 0.5 in steps of 0.01."""
+RECALL_THRESHOLDS = tuple(step / 10 for step in range(1, 10))
+"""ICON, Table 6."""
+PckReference = Literal["auto", "torso", "box"]
 
 
 class Truth(NamedTuple):
@@ -39,6 +49,13 @@ class Truth(NamedTuple):
     """`[J]`, the joints' places in the file."""
     protocol: dict[str, Any]
     """What is left out, and the skeleton's joints that the file does not have; empty where there is nothing to say."""
+    data: Mapping[str, Any] | None = None
+    """The file's JSON, where it was kept."""
+
+    @property
+    def parsed(self) -> Mapping[str, Any]:
+        """The file's JSON."""
+        return read_parsed(self.file.path) if self.data is None else self.data
 
     @property
     def rows(self) -> np.ndarray:
@@ -51,13 +68,14 @@ def scored_truth(
     skeleton: Skeleton,
     joints: Literal["all", "visible", "invisible"] = "all",
     labelled_joints: int | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Truth:
     """The joints that `annotations` and `skeleton` share by name, and of their labels those that count.
 
     `joints`: those annotated visible (v = 2) or hidden (v = 1) alone (CCM, Table 13). `labelled_joints`: of persons
     with exactly so many labelled joints alone (CCM, Table 14), counted as annotated: over all joints of the file, seen
     or hidden. Areas and boxes stay. Persons without a label that counts are left out, and so are their poses
-    (`results_that_count`): these would be false positives.
+    (`results_that_count`): these would be false positives. `data`: the file's JSON, not to be read once more.
 
     Raises UserError: no joint in common, a file that does not tell visible from hidden joints, or no person left.
     """
@@ -99,7 +117,7 @@ def scored_truth(
         counts = counts & ((annotations.visibility > 0).sum(1) == labelled_joints)[:, None]
         protocol["labelled_joints"] = labelled_joints
     if common is annotations and joints == "all" and labelled_joints is None:
-        return Truth(annotations, annotations, annotations, columns, protocol)
+        return Truth(annotations, annotations, annotations, columns, protocol, data)
     counted = replace(
         common, keypoints=np.where(counts[..., None], common.keypoints, 0.0), visibility=np.where(counts, visibility, 0)
     )
@@ -112,7 +130,7 @@ def scored_truth(
             f"{annotations.path}: none of its {len(annotations.persons)} persons has a {kind} to score{among}; "
             "take another file, or other joints and labelled_joints"
         )
-    return Truth(annotations, common, counted, columns, protocol)
+    return Truth(annotations, common, counted, columns, protocol, data)
 
 
 def parsed_truth(truth: Truth) -> Mapping[str, Any]:
@@ -122,7 +140,7 @@ def parsed_truth(truth: Truth) -> Mapping[str, Any]:
     with labels on other joints alone is ignored as pycocotools ignores COCO's unlabelled persons: it is not missed, and
     one pose that lies in its box enlarged threefold, and fits no other person, is no false positive.
     """
-    data = read_parsed(truth.file.path)
+    data = truth.parsed
     if truth.counted is truth.file:
         return data
     category = {**truth.counted.category, "skeleton": []}
@@ -155,26 +173,67 @@ def results_that_count(truth: Truth, results: Sequence[Mapping[str, Any]]) -> li
     for its_persons, its_poses, joints in _by_image(truth.common, results):
         keypoints, visibility = (a[persons[its_persons]] for a in (truth.common.keypoints, truth.common.visibility))
         if len(its_poses):
-            owner = _mean_distances(joints, keypoints, visibility).argmin(0)
-            matched = match_poses(joints, keypoints, visibility)
+            owner = _mean_distances(joints[..., :2], keypoints, visibility).argmin(0)
+            matched = match_poses(joints[..., :2], keypoints, visibility)
             owner[matched[matched >= 0]] = np.flatnonzero(matched >= 0)
             kept[its_poses] = counts[its_persons[owner]]
     return [record for record, stays in zip(results, kept, strict=True) if stays]
 
 
 def pck_of_truth(
-    truth: Truth, predicted: np.ndarray, skeleton: Skeleton, threshold: float = 0.2
+    truth: Truth,
+    predicted: np.ndarray,
+    skeleton: Skeleton,
+    threshold: float = 0.2,
+    reference: PckReference = "auto",
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """`pck_of_persons` of the labels that count: `predicted` `[P, J, 2]` is of `truth.counted.persons`.
 
-    The reference length is of the person, so that labels which do not count take part in it.
+    The reference length (`pck_reference`) is of the person, so that labels which do not count take part in it. Raises
+    UserError as `pck_reference`.
     """
-    lengths, name = pck_reference(truth.common, skeleton)
+    lengths, name = pck_reference(truth.common, skeleton, reference)
     return pck_of_persons(truth.counted, predicted, skeleton, threshold, (lengths[truth.rows], name))
 
 
+def recall_of_truth(
+    truth: Truth, confidences: np.ndarray, source: str = "predictions"
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """`keypoint_recall` of the labels that count, with its protocol.
+
+    confidences: `[P, J]`, of the joints of the pose of each of `truth.counted.persons`, NaN where there is none. Raises
+    UserError, naming `source`, where all are whole numbers: visibilities, or a 1 that stands for none.
+    """
+    found = confidences[np.isfinite(confidences)]
+    if len(found) and (found == np.rint(found)).all():
+        whole = " or ".join(f"{value:g}" for value in np.unique(found)[:3])
+        raise UserError(
+            f"{source}: the third number of every joint is {whole}, no confidence, which keypoint recall goes by; "
+            "give predictions whose keypoints are x, y, confidence"
+        )
+    visibility = truth.counted.visibility[truth.counted.persons]
+    shared = len(found) and not np.ptp(confidences[np.isfinite(confidences).all(1)], axis=1).any()
+    details = {"recall_confidence": "of the pose, one for all its joints" if shared else "of the joint"}
+    return keypoint_recall(confidences, visibility), details
+
+
+def keypoint_recall(confidences: np.ndarray, visibility: np.ndarray) -> dict[str, float]:
+    """Share of the labelled joints whose predicted confidence exceeds 0.1, 0.2, ..., 0.9 (ICON, Table 6).
+
+    No distance enters: a joint far off counts as found. confidences: `[P, K]`, NaN where nothing is predicted, which is
+    a miss; visibility: `[P, K]`, labelled where > 0. NaN where nothing is labelled.
+    """
+    found = np.nan_to_num(confidences[visibility > 0], nan=-np.inf)
+    return {
+        f"recall@{threshold}": float((found > threshold).mean()) if len(found) else math.nan
+        for threshold in RECALL_THRESHOLDS
+    }
+
+
 def take_joints(results: Sequence[Mapping[str, Any]], columns: Sequence[int]) -> list[dict[str, Any]]:
-    """Results, which are valid, with the joints `columns` alone, in that order."""
+    """Results, which are valid, with the joints `columns` alone, in that order; as they are where these are all."""
+    if results and list(columns) == list(range(len(results[0]["keypoints"]) // 3)):
+        return [*results]  # pyright: ignore[reportReturnType]
     places = [3 * column + part for column in columns for part in range(3)]
     return [{**record, "keypoints": [record["keypoints"][place] for place in places]} for record in results]
 
@@ -217,6 +276,8 @@ def check_results(
     Raises UserError naming `source`, the record's position in the list, the field, and what was found.
     """
     known = set(image_ids)
+    if _are_valid(results, known, category_id, joints):
+        return
     lengths = {"keypoints": 3 * joints, "bbox": 4}
     for position, record in enumerate(results):
         where = f"{source}: record {position}"
@@ -243,6 +304,25 @@ def check_results(
             wrong = next((number for number in numbers if not _is_finite_number(number)), None)
             if wrong is not None:
                 raise UserError(f"{where}: {field} holds {wrong!r}, expected finite numbers")
+
+
+def beyond_best(results: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many images have more than the 20 poses that OKS AP looks at, and how many poses are beyond these."""
+    counts = Counter(record["image_id"] for record in results)
+    beyond = [count - POSES_PER_IMAGE for count in counts.values() if count > POSES_PER_IMAGE]
+    return len(beyond), sum(beyond)
+
+
+def repeated_records(results: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Positions of the records that say the same as an earlier one: image, score and all joints."""
+    seen: set[tuple[Any, ...]] = set()
+    found = []
+    for position, record in enumerate(results):
+        said = (record["image_id"], record["score"], *record["keypoints"])
+        if said in seen:
+            found.append(position)
+        seen.add(said)
+    return found
 
 
 def order_of_file(skeleton: Skeleton, joints: Sequence[str]) -> list[int]:
@@ -299,12 +379,51 @@ def crowdpose_ap(
     metrics = {name: figures[name] for name in CROWDPOSE_NAMES}
     level = np.searchsorted(levels, [image["crowdIndex"] for image in data["images"]], side="right")
     for number, name in enumerate(("easy", "medium", "hard")):
-        ids = [image["id"] for image, of in zip(data["images"], level, strict=True) if of == number]
-        evaluation.params.imgIds = ids
-        if ids:  # pycocotools takes an empty list for all images
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation.evaluate()
-        metrics[f"AP {name}"] = _summary(evaluation)["AP"] if ids else -1.0
+        ids = {image["id"] for image, of in zip(data["images"], level, strict=True) if of == number}
+        metrics[f"AP {name}"] = _summary(_of_images(evaluation, ids))["AP"] if ids else -1.0
+    return metrics
+
+
+def has_max_iou(data: Mapping[str, Any]) -> bool:
+    """Whether every annotation of a parsed COCO file carries a max_iou, as `convert --dataset ochuman` writes it."""
+    return bool(data["annotations"]) and all(_is_finite_number(each.get("max_iou")) for each in data["annotations"])
+
+
+def in_iou_range(max_iou: float, name: str) -> bool:
+    """Whether a person of this MaxIoU belongs to one of IOU_RANGES."""
+    low, high = IOU_RANGES[name]
+    return low <= max_iou < high or max_iou == high == 1
+
+
+def of_iou_range(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A parsed file as OCHuman's API writes it for one of IOU_RANGES.
+
+    It has neither the persons outside the range nor the images without one inside.
+    """
+    persons = [person for person in data["annotations"] if in_iou_range(person["max_iou"], name)]
+    shown = {person["image_id"] for person in persons}
+    return {**data, "annotations": persons, "images": [image for image in data["images"] if image["id"] in shown]}
+
+
+def ochuman_ap(
+    data: Mapping[str, Any],
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    skeleton: Skeleton,
+    source: str = "predictions",
+) -> dict[str, float]:
+    """AP moderate and AP hard, as the files of a range have it (`of_iou_range`); -1 where a range has no person.
+
+    `data`: a file whose persons all have a max_iou; `results`: for each of IOU_RANGES the poses to count. On the images
+    that stay these are all counted, so that a pose on a person outside the range is a false positive, as it is with the
+    API's files.
+    """
+    metrics = {}
+    for name in IOU_RANGES:
+        its = of_iou_range(data, name)
+        shown = {image["id"] for image in its["images"]}
+        poses = [record for record in results[name] if record["image_id"] in shown]
+        labelled = any(_labelled(person) and not person.get("iscrowd") for person in its["annotations"])
+        metrics[f"AP {name}"] = coco_ap(its, poses, skeleton, source)["AP"] if labelled else -1.0
     return metrics
 
 
@@ -319,8 +438,12 @@ def oks_metrics(
     skeleton: Skeleton,
     crowd_levels: str = "crowdpose",
     source: str = "predictions",
+    of_ranges: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """`crowdpose_ap` where every image carries a crowdIndex, else `coco_ap`, with what the numbers depend on.
+
+    Where every person carries a max_iou, `ochuman_ap` goes with `coco_ap`. `of_ranges`: the poses for each of
+    IOU_RANGES, those of its persons alone; None: `results`, of whomever they are.
 
     `crowd_levels`: one of CROWD_LEVELS. Raises UserError as `evaluate_oks`.
     """
@@ -330,7 +453,12 @@ def oks_metrics(
         carrying = sum(_is_finite_number(image.get("crowdIndex")) for image in data["images"])
         if carrying:
             details["crowd_levels"] = f"not scored: crowdIndex on {carrying} of {len(data['images'])} images"
-        return coco_ap(data, results, skeleton, source), details
+        metrics = coco_ap(data, results, skeleton, source)
+        if has_max_iou(data):
+            metrics |= ochuman_ap(data, of_ranges or dict.fromkeys(IOU_RANGES, results), skeleton, source)
+            whose = "of its persons alone" if of_ranges else "of the image, also on persons outside the range"
+            details["iou_ranges"] = f"moderate [0.5, 0.75) and hard [0.75, 1], poses {whose}"
+        return metrics, details
     medium, hard = CROWD_LEVELS[crowd_levels]
     named = f"{crowd_levels} (easy < {medium} <= medium < {hard} <= hard)"
     metrics = crowdpose_ap(data, results, skeleton, (medium, hard), source)
@@ -382,16 +510,13 @@ def evaluate_oks(
     if not any(person["num_keypoints"] > 0 and not person["iscrowd"] for person in truth):
         raise UserError("the annotations hold no person with labelled joints: nothing to score against")
 
-    fields = {"image_id", "category_id", "keypoints", "score"}
-    if all("bbox" in record for record in results):
-        fields.add("bbox")
-    poses = [{field: record[field] for field in fields} for record in results]
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth: Any = COCO()  # its stubs know neither keypoints nor results in memory
         ground_truth.dataset = {"images": data["images"], "categories": [category], "annotations": truth}
         ground_truth.createIndex()
-        # loadRes looks at the first record to tell what the results are.
-        predictions = ground_truth.loadRes(poses) if poses else COCO()
+        predictions: Any = COCO()
+        predictions.dataset = {"images": data["images"], "categories": [category], "annotations": _detected(results)}
+        predictions.createIndex()
         evaluation = COCOeval(ground_truth, predictions, "keypoints")
         evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
         evaluation.params.maxDets = [POSES_PER_IMAGE]
@@ -427,6 +552,23 @@ def correct_joints(
     return labelled & (distance / np.where(counted, reference, np.nan)[:, None] <= threshold), labelled
 
 
+def pck_auc(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray, reference: np.ndarray) -> float:
+    """Area under the curve of PCK over thresholds from 0 to 0.5, as a share; the arguments are `pck`'s.
+
+    MPII's toolkit: the thresholds are 0, 0.01, ..., 0.5, the curve is straight between them. NaN where nothing is
+    labelled.
+    """
+    counted = np.nan_to_num(reference) > 0
+    labelled = (np.asarray(visibility) > 0) & counted[:, None]
+    distance = np.linalg.norm(np.asarray(predicted, dtype=np.float64) - truth, axis=-1)
+    shares = (distance / np.where(counted, reference, np.nan)[:, None])[labelled]
+    if not len(shares):
+        return math.nan
+    first = np.searchsorted(AUC_THRESHOLDS, np.nan_to_num(shares, nan=np.inf), side="left")  # threshold it is within
+    curve = np.bincount(first, minlength=len(AUC_THRESHOLDS) + 1)[:-1].cumsum() / len(shares)
+    return float(np.trapezoid(curve, AUC_THRESHOLDS) / AUC_THRESHOLDS[-1])
+
+
 def torso_reference(keypoints: np.ndarray, visibility: np.ndarray, torso: tuple[int, int]) -> np.ndarray:
     """Distance `[N]` between the two joints `torso` of keypoints `[N, K, 2]`; NaN where either is not labelled."""
     first, second = torso
@@ -450,10 +592,14 @@ def match_poses(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray
     count = (visibility > 0).sum(1)
     matched = np.full(len(truth), -1)
     taken = np.zeros(len(predicted), dtype=bool)
-    for flat in np.argsort(cost, axis=None, kind="stable"):
-        person, pose = np.unravel_index(flat, cost.shape)
+    left = min(int((count > 0).sum()), len(predicted))
+    for flat in np.argsort(cost, axis=None, kind="stable").tolist():
+        if not left:
+            break
+        person, pose = divmod(flat, len(predicted))
         if matched[person] < 0 and not taken[pose] and count[person]:
             matched[person], taken[pose] = pose, True
+            left -= 1
     return matched
 
 
@@ -462,11 +608,16 @@ def match_results(annotations: CocoAnnotations, results: Sequence[Mapping[str, A
 
     `results` are valid (`check_results`), with the joints of the file.
     """
+    return poses_of_persons(annotations, results)[..., :2]
+
+
+def poses_of_persons(annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """`match_results` with the joints' confidences: `[P, K, 3]`, x, y in image pixels and the results' third number."""
     persons = annotations.persons
-    matched = np.full((len(persons), len(annotations.joints), 2), np.nan)
+    matched = np.full((len(persons), len(annotations.joints), 3), np.nan)
     for its_persons, _, its_poses in _by_image(annotations, results):
         truth = persons[its_persons]
-        pose = match_poses(its_poses, annotations.keypoints[truth], annotations.visibility[truth])
+        pose = match_poses(its_poses[..., :2], annotations.keypoints[truth], annotations.visibility[truth])
         matched[its_persons[pose >= 0]] = its_poses[pose[pose >= 0]]
     return matched
 
@@ -481,26 +632,39 @@ def pck_of_persons(
     """PCK of `predicted` `[P, K, 2]` for `annotations.persons`, joints in the file's order, with its protocol.
 
     The reference length is the distance of the skeleton's torso joints, persons without both left out; the longer side
-    of the box for skeletons without a torso; or it is given, as `pck_reference` has it, where labels are left out that
-    it is measured by. Metrics: PCK and PCK/<joint>, fractions (NaN where nothing is labelled).
+    of the box for skeletons without a torso; or it is given, as `pck_reference` has it. Metrics: PCK, AUC (`pck_auc`)
+    and PCK/<joint>, fractions (NaN where nothing is labelled).
     """
     persons = annotations.persons
     truth, visibility = annotations.keypoints[persons], annotations.visibility[persons]
     lengths, name = reference or pck_reference(annotations, skeleton)
     found = pck(predicted, truth, visibility, lengths, threshold)
     per_joint = zip(annotations.joints, found["per_joint"].tolist(), strict=True)
-    metrics = {"PCK": found["PCK"], **{f"PCK/{joint}": value for joint, value in per_joint}}
+    auc = pck_auc(predicted, truth, visibility, lengths)
+    metrics = {"PCK": found["PCK"], "AUC": auc, **{f"PCK/{joint}": value for joint, value in per_joint}}
     return metrics, {"pck_threshold": threshold, "pck_reference": name, "pck_instances": found["persons"]}
 
 
-def pck_reference(annotations: CocoAnnotations, skeleton: Skeleton) -> tuple[np.ndarray, str]:
-    """PCK's reference length `[P]` of `annotations.persons`, image pixels, NaN where it is unknown, and its name."""
+def pck_reference(
+    annotations: CocoAnnotations, skeleton: Skeleton, kind: PckReference = "auto"
+) -> tuple[np.ndarray, str]:
+    """PCK's reference length `[P]` of `annotations.persons`, image pixels, NaN where it is unknown, and its name.
+
+    auto: the torso where the skeleton and the file have one, else the box. Raises UserError for `torso` where they have
+    none.
+    """
     persons = annotations.persons
-    if skeleton.torso:
+    if kind != "box" and skeleton.torso:
         first, second = match_joints(annotations.joints, skeleton.torso)
         if first is not None and second is not None:
             lengths = torso_reference(annotations.keypoints[persons], annotations.visibility[persons], (first, second))
             return lengths, " to ".join(skeleton.torso)
+    if kind == "torso":
+        lacks = f"the file lacks {' or '.join(skeleton.torso)}" if skeleton.torso else "the skeleton names no torso"
+        raise UserError(
+            f"{annotations.path}: PCK by the torso of skeleton {skeleton.name} cannot be had, {lacks}; "
+            "take pck_reference box"
+        )
     return box_reference(annotations.boxes[persons]), "longer side of the box"
 
 
@@ -525,15 +689,23 @@ def place_pose(pose: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 def _by_image(
     annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each image with persons: which of `annotations.persons` it shows, which `results`, and their `[M, K, 2]`."""
+    """For each image with persons: which of `annotations.persons` it shows, which `results`, and their `[M, K, 3]`."""
     rows = {image_id: row for row, image_id in enumerate(annotations.image_ids)}
     image_of_pose = np.array([rows[record["image_id"]] for record in results], dtype=np.int64)
     triples = np.array([record["keypoints"] for record in results], dtype=np.float64)
     triples = triples.reshape(-1, len(annotations.joints), 3)
     image_of_person = annotations.image_index[annotations.persons]
-    for image in np.unique(image_of_person):
-        its_poses = np.flatnonzero(image_of_pose == image)
-        yield np.flatnonzero(image_of_person == image), its_poses, triples[its_poses, :, :2]
+    images = np.unique(image_of_person)
+    its_poses, its_persons = (_groups(owner, images) for owner in (image_of_pose, image_of_person))
+    for persons, poses in zip(its_persons, its_poses, strict=True):
+        yield persons, poses, triples[poses]
+
+
+def _groups(owner: np.ndarray, names: np.ndarray) -> list[np.ndarray]:
+    """For each of `names` the rising places where `owner` has it."""
+    order = np.argsort(owner, kind="stable")
+    starts, ends = (np.searchsorted(owner[order], names, side=side) for side in ("left", "right"))
+    return [order[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def _mean_distances(predicted: np.ndarray, truth: np.ndarray, visibility: np.ndarray) -> np.ndarray:
@@ -550,24 +722,96 @@ def _summary(evaluation: COCOeval) -> dict[str, float]:
     return {name: float(value) for name, value in zip(AP_NAMES, evaluation.stats, strict=True)}
 
 
+def _of_images(evaluation: COCOeval, ids: set[Any]) -> COCOeval:
+    """A matched evaluation as it would be of the images `ids` alone: each image is matched by itself."""
+    rows = [row for row, image_id in enumerate(evaluation.params.imgIds) if image_id in ids]
+    images, kinds = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
+    alone = copy.copy(evaluation)
+    alone.params = copy.copy(evaluation.params)
+    alone.params.imgIds = [evaluation.params.imgIds[row] for row in rows]
+    alone._paramsEval = alone.params  # pyright: ignore[reportAttributeAccessIssue]
+    alone.evalImgs = [evaluation.evalImgs[kind * images + row] for kind in range(kinds) for row in rows]
+    return alone
+
+
+def _detected(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Valid results as pycocotools' loadRes makes them, all at once: ids from 1, the area by the box or the joints."""
+    if not results:
+        return []
+    keypoints = np.array([record["keypoints"] for record in results], dtype=np.float64)
+    if all("bbox" in record for record in results):
+        boxes = np.array([record["bbox"] for record in results], dtype=np.float64)
+    else:
+        near = np.stack([keypoints[:, part::3].min(1) for part in (0, 1)], axis=1)
+        boxes = np.hstack([near, np.stack([keypoints[:, part::3].max(1) for part in (0, 1)], axis=1) - near])
+    areas = (boxes[:, 2] * boxes[:, 3]).tolist()
+    return [
+        {
+            "id": number,
+            "image_id": record["image_id"],
+            "category_id": record["category_id"],
+            "keypoints": joints,
+            "score": record["score"],
+            "area": area,
+            "iscrowd": 0,
+        }
+        for number, (record, joints, area) in enumerate(zip(results, keypoints, areas, strict=True), 1)
+    ]
+
+
 def _ground_truth(person: Mapping[str, Any], number: int, joints: int, area_of_box: bool) -> dict[str, Any]:
     """A person as pycocotools needs it; it marks a match by the annotation's id, so that id 0 would never match."""
     keypoints = person.get("keypoints") or [0] * (3 * joints)
     box = person["bbox"]
     box_area = AREA_OF_BOX * box[2] * box[3]
-    counted = person.get("num_keypoints")
-    # num_keypoints of the file decides who is ignored, also where it contradicts the visibilities, as in CrowdPose.
     return {
         "id": number,
         "image_id": person["image_id"],
         "category_id": person["category_id"],
         "keypoints": keypoints,
-        "num_keypoints": counted if _is_finite_number(counted) else sum(v > 0 for v in keypoints[2::3]),
+        "num_keypoints": _labelled(person),
         "bbox": box,
         "area": box_area if area_of_box else person.get("area", box_area),
         "iscrowd": int(bool(person.get("iscrowd"))),
     }
 
 
+def _labelled(person: Mapping[str, Any]) -> Any:
+    """How many joints are labelled; what the file says decides, as in CrowdPose, also against the visibilities."""
+    counted = person.get("num_keypoints")
+    return counted if _is_finite_number(counted) else sum(v > 0 for v in (person.get("keypoints") or ())[2::3])
+
+
+def _are_valid(results: Sequence[Any], known: set[Any], category_id: int, joints: int) -> bool:
+    """Whether all records are as `check_results` wants them, which takes a tenth of the time of going through them.
+
+    False also where only going through them can tell.
+    """
+    if not set(map(type, results)) <= {dict}:
+        return False
+    try:
+        images, categories, keypoints, scores = (
+            [record[field] for record in results] for field in ("image_id", "category_id", "keypoints", "score")
+        )
+        boxes = [record["bbox"] for record in results if "bbox" in record]
+        return (
+            set(map(type, images)) <= {int, str}
+            and known.issuperset(images)
+            and set(categories) <= {category_id}
+            and set(map(type, chain(keypoints, boxes))) <= {list}
+            and set(map(len, keypoints)) <= {3 * joints}
+            and set(map(len, boxes)) <= {4}
+            and set(map(type, chain(scores, *keypoints, *boxes))) <= {int, float}
+            and all(map(math.isfinite, chain(scores, *keypoints, *boxes)))
+        )
+    except (KeyError, TypeError, OverflowError):
+        return False
+
+
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer that no float can hold
+        return False

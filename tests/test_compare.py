@@ -167,8 +167,8 @@ def test_a_known_shift_is_found_and_equal_predictions_are_equal(
     assert metrics["p"] == pytest.approx(2 / 101, abs=0.01)
     assert [entry["predictions"] for entry in report["files"]["b"]] == files["b"]
     assert np.mean([entry[name] for entry in report["files"]["b"]]) == pytest.approx(metrics[f"{name} b"])
-    protocol = {"oks": ("images", 30), "pck": ("persons", 60), "pckh": ("persons", 40)}[metric]
-    assert (report["protocol"]["drawn"], report["protocol"]["units"]) == protocol
+    assert report["protocol"]["drawn"] == "images"
+    assert report["protocol"]["units"] == {"oks": 30, "pck": 30, "pckh": 20}[metric]  # a third has no head size
 
     same = run(files, capsys, files["a"][:2], files["a"][:2], *given)["metrics"]
     assert [same[key] for key in ("difference", "difference low", "difference high", "p")] == [0, 0, 0, 1]
@@ -225,3 +225,60 @@ def test_one_file_and_a_list_of_one_are_the_same() -> None:
     assert fields.CompareConfig("t", "a", ["b"]).metric == "oks"
     with pytest.raises(ValueError, match="resamples is 1"):
         fields.CompareConfig("t", "a", "b", resamples=1)
+
+
+def test_persons_of_an_image_are_drawn_together(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every resample written out image by image, from the same draws: within 0.1 of the box or not."""
+    report = run(files, capsys, files["a"][0], files["b"][0], "--metric", "pck", "--pck_threshold", "0.1")
+    truth = json.loads(Path(files["truth"]).read_text())["annotations"]
+    hits = np.zeros((2, 30))
+    for side, path in enumerate((files["a"][0], files["b"][0])):
+        for person, record in zip(truth, json.loads(Path(path).read_text()), strict=True):
+            joints, predicted = (np.reshape(each["keypoints"], (3, 3))[:, :2] for each in (person, record))
+            hits[side, person["image_id"]] += sum(
+                math.dist(*pair) <= 10 for pair in zip(joints, predicted, strict=True)
+            )
+    draws, naive = np.random.default_rng(0), []
+    for _ in range(100):
+        naive.append(sum(hits[0, image] - hits[1, image] for image in draws.integers(30, size=30)) / (30 * 6))
+    metrics = report["metrics"]
+    expected = np.percentile(naive, [2.5, 97.5]).tolist()
+    assert [metrics["difference low"], metrics["difference high"]] == pytest.approx(expected)
+    assert report["protocol"]["pck_reference"] == "longer side of the box"
+
+
+def test_two_paths_before_the_flags_are_a_and_b(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--annotations", files["truth"], "--metric", "pck", "--resamples", "100", "--json"]
+    assert main(["compare", files["a"][0], files["b"][0], *given]) == 0
+    assert json.loads(capsys.readouterr().out) == run(files, capsys, files["a"][0], files["b"][0], "--metric", "pck")
+    for wrong in ([files["a"][0]], [*files["a"]], [files["a"][0], files["b"][0], "--a", files["a"][1]]):
+        assert main(["compare", *wrong, *given]) == 2
+        assert files["a"][0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metric", ["oks", "pck"])
+def test_a_skeleton_of_fewer_joints_compares_those(
+    files: dict[str, Any], capsys: pytest.CaptureFixture[str], metric: str
+) -> None:
+    """As `score` has it, and as files without that joint give it."""
+    folder = files["folder"]
+    (folder / "two.yaml").write_text(json.dumps({"name": "two", "joints": ["tail", "nose"], "sigmas": [0.2, 0.1]}))
+    given = ["--metric", metric, "--skeleton", str(folder / "two.yaml")]
+    report = run(files, capsys, files["a"][0], files["b"][0], *given)
+    assert (report["protocol"]["joints_scored"], report["protocol"]["unscored"]) == (2, ["paw"])
+    name = {"oks": "AP", "pck": "PCK"}[metric]
+    for side in ("a", "b"):
+        arguments = ["--annotations", files["truth"], "--predictions", files[side][0], *given, "--json"]
+        assert main(["score", *arguments]) == 0
+        assert json.loads(capsys.readouterr().out)["metrics"][name] == report["metrics"][f"{name} {side}"]
+
+    cut = {}
+    for key, path in (("truth", files["truth"]), ("a", files["a"][0]), ("b", files["b"][0])):
+        content = json.loads(Path(path).read_text())
+        for record in content["annotations"] if key == "truth" else content:
+            del record["keypoints"][3:6]
+        if key == "truth":
+            content["categories"][0]["keypoints"] = ["nose", "tail"]
+        cut[key] = write(folder / f"cut_{key}.json", content)
+    by_hand = run(cut, capsys, cut["a"], cut["b"], *given)
+    assert by_hand["metrics"] == report["metrics"]

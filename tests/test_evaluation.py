@@ -150,7 +150,7 @@ def test_a_model_of_other_joints_is_scored_on_the_common_ones(files: Path, boxes
     for found in scored.values():
         assert found["metrics"] == {name: report["metrics"][name] for name in found["metrics"]}
         assert expected.items() <= found["protocol"].items()
-    assert len(scored["pck"]["metrics"]) == 3
+    assert list(scored["pck"]["metrics"]) == ["PCK", "AUC", "PCK/right_foot", "PCK/head"]
 
     cut = json.loads(truth.read_text())
     cut["categories"][0]["keypoints"] = ["right_foot", "head"]
@@ -381,7 +381,7 @@ def test_head_boxes_and_crowd_index_bring_their_metrics(files: Path) -> None:
     for metric in ("oks", "pckh"):
         scored = score.main(fields.ScoreConfig(truth, predictions, metric, "icon", skeleton))
         assert scored["metrics"] == {name: report["metrics"][name] for name in scored["metrics"]}
-        assert len(scored["metrics"]) == (9 if metric == "oks" else 3)  # none of MPII's groups
+        assert len(scored["metrics"]) == (9 if metric == "oks" else 4)  # none of MPII's groups
 
 
 def test_pckh_of_mpii_files_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,6 +411,7 @@ def predict_config(files: Path, **changes: Any) -> fields.PredictConfig:
         "images": str(files / "images"),
         "out": str(files / "drawn"),
         "joint_threshold": -100.0,
+        "batch_size": 1,
         "device": "cpu",
     }
     return fields.PredictConfig(**{**given, **changes})
@@ -481,6 +482,43 @@ def test_one_picture_is_turned_upright_unless_boxes_refer_to_it(files: Path) -> 
     stored = predict.main(predict_config(files, images=str(files / "one.jpg"), boxes=str(boxes)))
     assert cv2.imread(str(files / "drawn" / "pictures" / "one.jpg")).shape == (120, 160, 3)  # pyright: ignore
     assert stored[0]["bbox"] == [0.0, 0.0, 160.0, 120.0]
+
+
+def test_all_metrics_of_score_are_those_of_test(files: Path) -> None:
+    """Also how well each joint is found and what the scores tell, by predictions in detected boxes."""
+    chosen = {"boxes": str(detections(files)), "baseline_annotations": None, "annotations": str(with_heads(files))}
+    report = test.main(config_for_test(files, pck_reference="box", **chosen))
+    skeleton = str(write(files / "skeleton.yaml", SKELETON.to_dict()))
+    asked = fields.ScoreConfig(chosen["annotations"], str(files / "out" / "predictions.json"), "all", skeleton=skeleton)
+    scored = score.main(replace(asked, pck_reference="box"))
+    assert {"AP hard", "PCK", "AUC", "PCKh@0.5", "PCKh AUC", "recall@0.9"} <= scored["metrics"].keys()
+    assert [scored[part] for part in ("metrics", "joints", "scores")] == [
+        report[part] for part in ("metrics", "joints", "scores")
+    ]
+    assert report["protocol"]["pck_reference"] == "longer side of the box"
+    with pytest.raises(
+        UserError, match=r"tail\.json: PCK by the torso of skeleton stick cannot be had, the file lacks"
+    ):
+        test.main(config_for_test(files, annotations=str(with_a_tail(files)), pck_reference="torso"))
+
+
+def test_iou_ranges_equal_the_files_of_a_range(files: Path) -> None:
+    """In annotated boxes a range's persons have their own poses alone, here of an image with one of each range."""
+    asked = config_for_test(files, baseline_annotations=None)
+    test.main(asked)
+    truth = json.loads((files / "val.json").read_text())
+    predicted = json.loads((files / "out" / "predictions.json").read_text())
+    for number, (person, record) in enumerate(zip(truth["annotations"], predicted, strict=True)):
+        person["max_iou"] = (0.6, 0.8, 0.74, 0.2)[number]
+        places = np.reshape(record["keypoints"], (3, 3))[:, :2] + [4 * number, 2]
+        person["keypoints"] = np.column_stack([places, [2, 2, 2]]).ravel().tolist()
+    report = test.main(replace(asked, annotations=str(write(files / "whole.json", truth))))
+    assert report["protocol"]["iou_ranges"].endswith("poses of its persons alone")
+    moderate = [truth["annotations"][0], truth["annotations"][2]]
+    part = {**truth, "images": truth["images"][:2], "annotations": moderate}
+    alone = test.main(replace(asked, annotations=str(write(files / "moderate.json", part))))["metrics"]
+    assert report["metrics"]["AP moderate"] == alone["AP"] == alone["AP moderate"] > 0
+    assert alone["AP hard"] == -1.0 < report["metrics"]["AP hard"]
 
 
 def test_published_coco_example_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

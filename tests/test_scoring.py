@@ -315,6 +315,9 @@ def test_pck_of_persons_measures_by_the_torso_or_else_the_box(tmp_path: Path) ->
     assert details == {"pck_threshold": 0.2, "pck_reference": "longer side of the box", "pck_instances": 2}
     with_torso = Skeleton(name="animal", joints=ANIMAL.joints, torso=("nose", "paw"))
     by_torso, details = pck_of_persons(truth, predicted, with_torso, 0.2)  # within 8.2 of the 41 px torso
+    # 12 of 41.2 px are within 0.30, ..., 0.50: 20 steps of 0.01 and half of the one before, of 50.
+    auc = by_torso.pop("AUC")
+    assert auc == pytest.approx(20.5 / 50)
     assert by_torso == {"PCK": 0.0, "PCK/nose": 0.0, "PCK/paw": 0.0, "PCK/tail": 0.0}
     assert details == {"pck_threshold": 0.2, "pck_reference": "nose to paw", "pck_instances": 1}
 
@@ -407,7 +410,7 @@ def test_joints_that_the_skeleton_lacks_are_not_scored(tmp_path: Path) -> None:
     assert metrics["AP"] == pytest.approx(0.5)  # the other person is neither missed nor its pose a false positive
     assert metrics["AR"] == pytest.approx(0.5)
     found, details = pck_of_truth(truth, np.array([[[10.0, 10.0], [30.0, 80.0]]]), bird)
-    assert found == {"PCK": 1.0, "PCK/nose": 1.0, "PCK/tail": 1.0}
+    assert found == {"PCK": 1.0, "AUC": 1.0, "PCK/nose": 1.0, "PCK/tail": 1.0}
     assert details["pck_instances"] == 1
 
 
