@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evaluation.config import (
+    DiagnoseConfig,
     EmbeddingsConfig,
     PredictConfig,
     ReportConfig,
@@ -54,11 +55,12 @@ COMMANDS = {
     ),
     "evaluation test": Command(TestConfig, "out", "", "", "metrics.json"),
     "evaluation timing": Command(TimingConfig, "out", "", "", "timing.json"),
+    "evaluation diagnose": Command(DiagnoseConfig, "out", "", "", "diagnosis.json"),
     "evaluation predict": Command(PredictConfig, "out", "", "", "predictions.json"),
     "evaluation visualize": Command(VisualizeConfig, "out", "", "", ""),
     "evaluation embeddings": Command(EmbeddingsConfig, "out", "", "", "embeddings.json"),
     "evaluation scio": Command(ScioConfig, "out", "", "", "scio.json"),
-    "evaluation report": Command(ReportConfig, "out", "", "", "report.md"),
+    "evaluation report": Command(ReportConfig, "out", "report.html", "", "report.html"),
     "poserelay synthesize": Command(SynthesizeConfig, "out", "", "", "annotations.json"),
     "poserelay convert": Command(ConvertConfig, "out", "annotations.json", "annotations.json", "annotations.json"),
     "poserelay prepare": Command(PrepareConfig, "out", "", "", "index.json"),

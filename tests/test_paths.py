@@ -31,6 +31,7 @@ NO_PATHS = {
     "PhaseConfig.train_on",
     "ImportConfig.backbone",
     "VisualizeConfig.target",
+    "VisualizeConfig.hide",
 }
 SQUARE = InputConfig(64, 64)
 
@@ -87,7 +88,7 @@ def test_every_command_has_its_config_class_among_them(classes: set[type], monke
     for module, argv in (*((stage, []) for stage in stages), *subcommands):
         monkeypatch.setattr(module, "run_command", lambda *a, **_: used.append(a[2]))
         module.main(argv)
-    assert len(used) == 22
+    assert len(used) == 24
     assert set(used) <= classes
 
 
