@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from poserelay.datasets.coco import check_images_exist, read_coco
-from poserelay.datasets.sampling import draw_generator
+from poserelay.datasets.sampling import draw_generator, evenly
 from poserelay.datasets.topdown import read_annotated
 from poserelay.drawing import draw_poses
 from poserelay.errors import UserError
@@ -23,7 +23,6 @@ from poserelay.scoring import Truth, check_results, order_of_file, read_results,
 from .calibration import correlation, scores_of, true_oks
 from .config import VisualizeConfig
 from .curves import distinct_names
-from .reliance import evenly
 
 matplotlib.use("agg")
 
@@ -152,25 +151,39 @@ def free_corner(wanted: np.ndarray, taken: Sequence[np.ndarray], size: tuple[int
 
 def read_judged(config: VisualizeConfig) -> tuple[Truth, Skeleton, list[Judged]]:
     """The truth and the poses of each results file. Raises UserError for a file or record that cannot be used."""
+    truth, skeleton = read_truth(config)
+    named = zip(names_of(config.predictions), config.predictions, strict=True)
+    return truth, skeleton, [judge(name, path, truth, skeleton) for name, path in named]
+
+
+def read_truth(config: VisualizeConfig) -> tuple[Truth, Skeleton]:
+    """The truth and its skeleton. Raises UserError for a file without a labelled person, and as `read_coco`."""
     annotations = read_coco(str(config.annotations))
     skeleton = resolve_skeleton(config.skeleton, annotations.category, str(config.annotations))
     truth = scored_truth(annotations, skeleton)
     if not len(truth.counted.persons):
         raise UserError(f"{annotations.path}: holds no person with a labelled joint; take a file with the truth")
-    files = [Path(path) for path in config.predictions]
-    # `test` calls all of them predictions.json.
+    return truth, skeleton
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """What results files are called in a figure: their folders' names, as `test` calls all of them predictions.json."""
+    files = [Path(path) for path in paths]
     short = [file.parent.name if file.stem == "predictions" else file.stem for file in files]
-    names = distinct_names(short, [f"{file.parent.parent.name}/{file.parent.name}/{file.stem}" for file in files])
-    judged = [judge(name, path, truth, skeleton) for name, path in zip(names, config.predictions, strict=True)]
-    return truth, skeleton, judged
+    return distinct_names(short, [f"{file.parent.parent.name}/{file.parent.name}/{file.stem}" for file in files])
+
+
+def results_of(path: str, truth: Truth) -> list[dict[str, Any]]:
+    """The records of a results file, in the joints that are scored. Raises UserError."""
+    annotations = truth.file
+    results = read_results(path)
+    check_results(results, annotations.image_ids, annotations.category["id"], len(annotations.joints), path)
+    return take_joints(results, truth.columns)
 
 
 def judge(name: str, path: str, truth: Truth, skeleton: Skeleton) -> Judged:
     """The poses of a results file, in the joints that are scored. Raises UserError."""
-    annotations = truth.file
-    results: Sequence[Mapping[str, Any]] = read_results(path)
-    check_results(results, annotations.image_ids, annotations.category["id"], len(annotations.joints), path)
-    results = take_joints(results, truth.columns)
+    results = results_of(path, truth)
     keypoints = np.array([record["keypoints"] for record in results], dtype=np.float64)
     return Judged(
         name,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from poserelay.datasets.coco import CocoAnnotations
-from poserelay.datasets.sampling import draw_generator
+from poserelay.datasets.sampling import draw_generator, evenly
 from poserelay.datasets.topdown import TopDownDataset
 from poserelay.errors import CheckFailed
 from poserelay.geometry import apply_affine, box_to_affine
@@ -75,11 +75,6 @@ def true_distal(model: PoseModel, dataset: TopDownDataset) -> Distal:
 def on_map(xy: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Whether points `[..., 2]`, heatmap pixels, lie on a map of (height, width), where the search may go: `[...]`."""
     return np.asarray(((xy >= 0) & (xy <= np.array(size[::-1]) - 1)).all(-1))
-
-
-def evenly(candidates: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the candidates, spread evenly over them."""
-    return candidates[np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)]
 
 
 def displaced(

@@ -19,20 +19,20 @@ from poserelay.batch import CropBatch
 from poserelay.checkpoint import verify_handoff
 from poserelay.config import Decoding
 from poserelay.datasets.coco import read_coco, read_json
-from poserelay.datasets.sampling import draw_generator
+from poserelay.datasets.sampling import draw_generator, evenly
 from poserelay.datasets.topdown import TopDownDataset
 from poserelay.distributed import start
 from poserelay.errors import UserError
 from poserelay.geometry import apply_affine, invert_affine
 from poserelay.heatmaps import heatmap_to_input, input_to_heatmap
-from poserelay.inference import crop_batches, decode_crops, forward_crops, protocol, self_constraint
+from poserelay.inference import CropMaps, crop_batches, decode_crops, forward_crops, protocol, self_constraint
 from poserelay.local_search import search_distal
 from poserelay.model import PoseModel, load_top_down
 from poserelay.run import write_atomic, write_json
 
 from .config import ScioConfig
 from .joint_accuracy import joint_means, joint_terms, oks_areas
-from .reliance import Distal, annotated_crops, displaced, evenly, networks_of, true_distal
+from .reliance import Distal, annotated_crops, displaced, networks_of, true_distal
 from .scio_figures import PAPER, draw_before_after, draw_correlation, draw_joints, draw_planted, draw_search, signed
 
 OUTPUTS = ("base", "learning", "optimisation")
@@ -222,9 +222,7 @@ def measure_batch(model: PoseModel, batch: CropBatch, persons: Persons, decoding
         "optimisation": decode_crops(model, batch, maps, with_output(decoding, "optimisation")),
     }
     poses = {output: its.keypoints.double().numpy() for output, its in decoded.items()}
-    learned = decode_crops(model, batch, maps, with_output(decoding, "learning", below=None))
-    assert learned.verification is not None
-    confident = ~learned.verification[:, columns].isnan().numpy()
+    begin, confident = search_starts(model, batch, maps, decoding)
 
     def placed(xy: np.ndarray) -> Tensor:
         return torch.from_numpy(xy).float().to(device)
@@ -234,9 +232,6 @@ def measure_batch(model: PoseModel, batch: CropBatch, persons: Persons, decoding
         return joint_terms(distance, persons.areas, sigmas)[0]
 
     constraint = self_constraint(model, maps, decoding)
-    begin = frame.to_heatmap(learned.keypoints.double().numpy())[:, columns]
-    # By way of image pixels a peak at the map's edge comes back just outside, from where the search hardly moves.
-    begin = placed(begin.clamp(torch.zeros(2), torch.tensor(model.heatmap_size[::-1]) - 1).numpy())
     search = search_distal(constraint, begin, decoding.scio, model.stride)
     mended = search_distal(constraint, placed(persons.planted), decoding.scio, model.stride).xy
     off = placed(persons.displaced)
@@ -253,6 +248,21 @@ def measure_batch(model: PoseModel, batch: CropBatch, persons: Persons, decoding
         before=np.linalg.norm(persons.planted - persons.distal, axis=-1),
         after=np.linalg.norm(mended.cpu().double().numpy() - persons.distal, axis=-1),
     )
+
+
+def search_starts(model: PoseModel, batch: CropBatch, maps: CropMaps, decoding: Decoding) -> tuple[Tensor, np.ndarray]:
+    """Where the prediction networks find the distal joints, whatever `decoding.scio.below` says.
+
+    Returns heatmap pixels `[B, G, 2]`, float32 on the model's device, and whether the group's proximal joints are
+    confident, `[B, G]` bool.
+    """
+    columns = networks_of(model).distal.tolist()
+    learned = decode_crops(model, batch, maps, with_output(decoding, "learning", below=None))
+    assert learned.verification is not None
+    begin = Frame(model, batch).to_heatmap(learned.keypoints.double().numpy())[:, columns]
+    # By way of image pixels a peak at the map's edge comes back just outside, from where the search hardly moves.
+    begin = begin.clamp(torch.zeros(2), torch.tensor(model.heatmap_size[::-1]) - 1)
+    return begin.float().to(maps.maps.device), ~learned.verification[:, columns].isnan().numpy()
 
 
 def joined(parts: Sequence[Measured]) -> Measured:

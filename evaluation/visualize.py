@@ -1,6 +1,7 @@
-"""`python -m evaluation visualize`: MSCL's figures, where classifiers look (Fig. 3) and how losses fall (Fig. 4).
+"""`python -m evaluation visualize`: one figure. MSCL's are here: where classifiers look, how losses fall (Fig. 3, 4).
 
-CIR's are drawn by `cir_figures`.
+The others are drawn by `cir_figures`, `ccm_figures`, `search_figures`, `pose_figures`, `error_gallery`, and
+`teacher_figures`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from poserelay.distributed import start
 from poserelay.errors import UserError
 from poserelay.run import write_atomic
 
+from .ccm_figures import draw_features, draw_masked
 from .cir_figures import draw_quality, draw_scores
 from .config import VisualizeConfig
 from .curves import Curve, distinct_names, epochs_of, read_curve
+from .error_gallery import draw_errors
 from .gradcam import Explained, explain, load_classifier
+from .pose_figures import draw_side_by_side
+from .search_figures import draw_traces
+from .teacher_figures import draw_teacher
 
 # Pixels of a picture in the panel.
 SIDE = 224
@@ -38,8 +44,21 @@ RUN_STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (
 
 def main(config: VisualizeConfig) -> Path:
     """Draw the figure into `out`, atomically; return its path. Raises UserError for input that cannot be used."""
-    draw = {"gradcam": draw_gradcam, "scores": draw_scores, "quality": draw_quality}
-    figure = draw_losses([Path(r) for r in config.runs]) if config.figure == "losses" else draw[config.figure](config)
+    of_runs = {"losses": draw_losses, "teacher": draw_teacher}
+    others = {
+        "gradcam": draw_gradcam,
+        "scores": draw_scores,
+        "quality": draw_quality,
+        "features": draw_features,
+        "masked": draw_masked,
+        "search": draw_traces,
+        "side_by_side": draw_side_by_side,
+        "errors": draw_errors,
+    }
+    if config.figure in of_runs:
+        figure = of_runs[config.figure]([Path(run) for run in config.runs])
+    else:
+        figure = others[config.figure](config)
     path = Path(config.out) / f"{config.figure}.png"
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     print(f"{path} written", file=sys.stderr)

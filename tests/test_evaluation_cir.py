@@ -244,7 +244,7 @@ def test_mistakes_end_with_exit_2(
 
 def predict_config(made: Path, out: Path, **changes: Any) -> fields.PredictConfig:
     given = {"checkpoint": str(made / "model.safetensors"), "images": str(made / "images"), "out": str(out)}
-    return fields.PredictConfig(**{**given, "device": "cpu", **changes})
+    return fields.PredictConfig(**{**given, "batch_size": 1, "device": "cpu", **changes})
 
 
 def test_predict_finds_all_persons_of_every_upright_picture(made: Path, tmp_path: Path) -> None:
@@ -559,12 +559,12 @@ def test_the_command_draws_both_figures(made: Path, tmp_path: Path, results: lis
         (["--figure", "scores", "--annotations", "{truth}"], "figure scores: predictions is missing"),
         (
             ["--figure", "scores", "{given}", "--images", "{root}/images"],
-            "images is of figure gradcam or quality; leave",
+            "images is of figure gradcam, quality, features,",
         ),
         (["--figure", "quality", "{given}"], "figure quality: images is missing"),
         (
             ["--figure", "losses", "--runs", "[x]", "{given}"],
-            "annotations is of figure scores or quality; leave it out",
+            "annotations is of figure scores, quality, features,",
         ),
         (["--figure", "scores", "--annotations", "{truth}", "--predictions", "[x, x]"], "predictions names x twice"),
         (

@@ -308,7 +308,7 @@ def test_a_file_without_a_classifier_says_how_to_train_one(
         (["--figure", "losses"], "runs is missing"),
         (
             ["--figure", "losses", "--runs", "[x]", "--images", "y"],
-            "images is of figure gradcam or quality; leave it out",
+            "images is of figure gradcam, quality, features, masked, search, side_by_side or errors; leave it out",
         ),
         (["--figure", "tsne"], "figure"),
         (["--figure", "losses", "--runs", "[nowhere]"], "nowhere/config.yaml: cannot be read"),

@@ -31,6 +31,11 @@ STEP_VIEW = 2**64 - 3
 """The view number whose draws are of a step and process instead of an epoch and sample."""
 
 
+def evenly(candidates: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the candidates, spread evenly over them."""
+    return candidates[np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)]
+
+
 def draw_generator(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
     """A fresh generator of the draws of one view of one sample in one epoch.
 
