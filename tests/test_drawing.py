@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from poserelay.drawing import FIRST_SIDE, MIDLINE, SECOND_SIDE, contact_sheet, draw_poses
+from poserelay.drawing import FIRST_SIDE, MIDLINE, OUTLINE, SECOND_SIDE, contact_sheet, draw_poses
 from poserelay.keypoints import Skeleton
 
 SKELETON = Skeleton(
@@ -88,6 +88,66 @@ def test_the_most_confident_pose_lies_on_top() -> None:
     right_on_top = draw_poses(GREY, poses, np.array([[0.5, 0.5], [0.9, 0.9]]), single)
     assert at(left_on_top, 50, 50) == FIRST_SIDE
     assert at(right_on_top, 50, 50) == SECOND_SIDE
+
+
+def test_confidence_is_opacity() -> None:
+    """A third at 0, all at 1, of the less certain joint along a limb; written out by hand on grey."""
+    scores = np.array([[1.0, 0.25, 0.0]])
+    drawn = draw_poses(GREY, POSE, scores, SKELETON, threshold=0.0, confidence=True)
+
+    def faded(colour: tuple[int, ...], share: float) -> list[float]:
+        return [128 + share * (value - 128) for value in colour]
+
+    assert at(drawn, 80, 20) == MIDLINE
+    assert at(drawn, 130, 100) == pytest.approx(faded(FIRST_SIDE, 0.5), abs=1)
+    assert at(drawn, 30, 100) == pytest.approx(faded(SECOND_SIDE, 1 / 3), abs=1)
+    assert at(drawn, 105, 60) == pytest.approx(faded(FIRST_SIDE, 0.5), abs=1)
+    assert at(drawn, 80, 100) == pytest.approx(faded(MIDLINE, 1 / 3), abs=1)
+    assert at(drawn, 5, 5) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (-70, -15), (60, 70), (-500, 0), (0.3, 0.7)])
+def test_full_confidence_is_the_plain_drawing(shift: tuple[float, float]) -> None:
+    """Also where a pose sticks out of the picture, or lies outside: the part that is blended is cut out of it."""
+    noise = np.random.default_rng(0).integers(0, 256, GREY.shape, dtype=np.uint8)
+    plain = draw_poses(noise, POSE + shift, SURE, SKELETON)
+    faded = draw_poses(noise, POSE + shift, SURE, SKELETON, confidence=True)
+    assert np.abs(plain.astype(int) - faded).max() <= 1
+
+
+def test_uncertain_joints_are_left_out_with_confidence_too() -> None:
+    scores = np.array([[1.0, 0.1, 1.0]])
+    drawn = draw_poses(GREY, POSE, scores, SKELETON, threshold=0.2, confidence=True)
+    assert at(drawn, 130, 100) == (128, 128, 128)
+    assert at(drawn, 105, 60) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (0, -19), (75, 0), (-100, -100)])
+def test_a_pose_score_is_written_above_the_highest_joint(shift: tuple[int, int]) -> None:
+    """Beside the border too, where it moves into the picture; another score gives another text in the same place."""
+    pose = POSE + shift
+    bare = draw_poses(GREY, pose, SURE, SKELETON)
+    seven, eight = (
+        draw_poses(GREY, pose, SURE, SKELETON, pose_scores=np.array([score])).astype(int) for score in (0.77, 0.88)
+    )
+    rows, columns = np.nonzero((seven != bare).any(-1))
+    x, y = pose[0, 0]
+    assert (seven == OUTLINE).all(-1).sum() > (bare == OUTLINE).all(-1).sum() + 100
+    assert seven[rows, columns].max() > 200
+    assert rows.min() < max(y, 20)
+    assert np.ptp(columns) == pytest.approx(30, abs=15)
+    if shift == (0, 0):
+        assert rows.max() < y
+        assert (columns.min() + columns.max()) / 2 == pytest.approx(x, abs=2)
+    other = np.argwhere((seven != eight).any(-1))
+    assert len(other)
+    assert (other >= [rows.min(), columns.min()]).all()
+    assert (other <= [rows.max(), columns.max()]).all()
+
+
+def test_the_smallest_picture_can_be_drawn_on() -> None:
+    dot = np.full((1, 1, 3), 128, np.uint8)
+    assert draw_poses(dot, POSE, SURE, SKELETON, confidence=True, pose_scores=np.ones(1)).shape == (1, 1, 3)
 
 
 def test_contact_sheet_fits_and_centres_every_picture() -> None:
