@@ -373,8 +373,9 @@ class ConvertConfig:
     head_boxes: OptionalFile = None
     """gt_valid.mat of the same persons as mpii's valid.json, for PCKh; the site's .mat has head boxes itself."""
     split: Literal["all", "train", "val", "test"] = "all"
-    """Part of lsp (train is its first half, test its second) or of ochuman.json (val is its first 2,500 pictures, test
-    the rest)."""
+    """Part of lsp (train is its first half, test its second), of ochuman.json (val is its first 2,500 pictures, test
+    the rest) or of mpii's .mat (all is its training part). The joints of mpii's test part are not public: NAME.json
+    then holds its pictures, in their order, and NAME.boxes.json its boxes, for `evaluation test --submit mpii`."""
     iou_range: tuple[float, float] | None = None
     """ochuman: only persons with low <= MaxIoU < high, or <= 1: [0.5, 0.75] is moderate, [0.75, 1] hard."""
     ignore_regions: bool = True
@@ -394,9 +395,9 @@ class ConvertConfig:
             raise ValueError(f"skeleton: {self.dataset} has one of its own; leave it out")
         if self.head_boxes is not None and self.dataset != "mpii":
             raise ValueError(f"head_boxes: {self.dataset} has none, they are mpii's; leave it out")
-        parts = {"lsp": ("train", "test"), "ochuman": ("val", "test")}.get(self.dataset, ())
+        parts = {"lsp": ("train", "test"), "mpii": ("train", "test"), "ochuman": ("val", "test")}.get(self.dataset, ())
         if self.split not in ("all", *parts):
-            known = "only lsp has train and test, and ochuman val and test"
+            known = "only lsp and mpii have train and test, and ochuman val and test"
             raise ValueError(f"split is {self.split}, but {known}; leave it out")
         ours = self.dataset == "ochuman"
         if self.iou_range is not None and not (ours and 0 <= self.iou_range[0] < self.iou_range[1] <= 1):

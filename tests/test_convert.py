@@ -194,6 +194,37 @@ def point(joint: int, visible: Any = EMPTY) -> dict[str, Any]:
     return {"x": 10.5 + joint, "y": 20.25 + joint, "id": joint, "is_visible": visible}
 
 
+def test_mpiis_test_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of its pictures in their order; a box for each person that has a position, with its annorect."""
+    for name in ("z.jpg", "a.jpg"):
+        picture(tmp_path / "images", name, (90, 60))
+    placed = {"scale": 0.1, "objpos": {"x": 18, "y": 21}}
+    other = {"scale": 0.2, "objpos": {"x": 30, "y": 31}}
+    pictures = structs(
+        {"image": {"name": "z.jpg"}, "annorect": structs({"scale": 0.1}, placed, other)},
+        {"image": {"name": "known.jpg"}, "annorect": structs(placed)},
+        {"image": {"name": "a.jpg"}},
+    )
+    source, out = tmp_path / "mpii.mat", tmp_path / "test.json"
+    site_file(source, pictures, [0, 1, 0], cells(EMPTY, EMPTY, EMPTY))
+    arguments = ["convert", "--dataset", "mpii", "--annotations", str(source), "--split", "test", "--out", str(out)]
+    assert main([*arguments, "--images", str(tmp_path / "images")]) == 0
+    written = json.loads(out.read_text())
+    assert [(image["id"], image["file_name"]) for image in written["images"]] == [(1, "z.jpg"), (2, "a.jpg")]
+    assert written["annotations"] == []
+    boxes = json.loads((tmp_path / "test.boxes.json").read_text())
+    common = {"image_id": 1, "category_id": 1, "score": 1.0}
+    assert boxes == [
+        {**common, "bbox": [7.0, 11.5, 20.0, 20.0], "annorect": 2},
+        {**common, "bbox": [9.0, 13.0, 40.0, 40.0], "annorect": 3},
+    ]
+    assert "left out: 1 persons without a position or a scale" in capsys.readouterr().err
+
+    (tmp_path / "images/a.jpg").unlink()
+    assert main([*arguments, "--images", str(tmp_path / "images")]) == 2
+    assert "a.jpg: missing or unreadable" in capsys.readouterr().err
+
+
 def test_mpii_of_the_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jpg", "b.jpg", "d.jpg"):
         picture(tmp_path / "images", name, (90, 60))
@@ -927,7 +958,7 @@ def test_out_is_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_fields_that_do_not_belong_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = written(tmp_path, crowdpose_file()), tmp_path / "out.json"
-    assert "only lsp has train and test" in refusal(capsys, "crowdpose", source, out, None, "--split", "test")
+    assert "only lsp and mpii have train and test" in refusal(capsys, "crowdpose", source, out, None, "--split", "test")
     for dataset, split in (("lsp", "val"), ("ochuman", "train"), ("posetrack18", "val")):
         assert f"split is {split}, but" in refusal(capsys, dataset, source, out, None, "--split", split)
     for dataset, value in (("crowdpose", "[0.5,0.75]"), ("ochuman", "[0.75,0.5]"), ("ochuman", "[0.5,1.5]")):

@@ -62,6 +62,8 @@ class Conversion:
     """What else the user should know."""
     skeleton: Skeleton | None = None
     """Of a dataset whose joints are the file's own."""
+    boxes: list[dict[str, Any]] = field(default_factory=list)
+    """COCO detections of the persons of a hidden test set, instead of annotations."""
 
     def drop(self, reason: str, name: str) -> None:
         """Count what is left out, and keep its name where there are few."""
@@ -81,7 +83,7 @@ def main(config: ConvertConfig) -> None:
     check_out(out, config)
     found = read(config)
     found.dropped = +found.dropped  # without zeros
-    if not found.annotations:
+    if not found.annotations and not found.boxes:
         raise UserError(f"{config.annotations}: no person left to convert ({_listed(found) or 'it has none'})")
     skeleton = found.skeleton or load_skeleton(SKELETONS[config.dataset])
     write_json(
@@ -93,6 +95,9 @@ def main(config: ConvertConfig) -> None:
             "categories": [category(skeleton, found.skeleton.name if found.skeleton else "person")],
         },
     )
+    if found.boxes:
+        write_json(boxes_path(out), found.boxes)
+        found.notes.append(f"the {len(found.boxes)} persons' boxes are in {boxes_path(out).name}; no joints are known")
     labelled = sum(any(record["keypoints"][2::3]) and not record["iscrowd"] for record in found.annotations)
     if crowds := sum(record["iscrowd"] for record in found.annotations):
         found.notes.append(
@@ -112,6 +117,11 @@ def main(config: ConvertConfig) -> None:
     print(out)
 
 
+def boxes_path(out: Path) -> Path:
+    """Where the boxes of a hidden test set go: test.boxes.json beside test.json."""
+    return out.with_suffix(".boxes.json")
+
+
 def report_path(out: Path) -> Path:
     """Where the report on a conversion goes: train.report.json beside train.json."""
     return out.with_suffix(".report.json")
@@ -124,13 +134,15 @@ def read(config: ConvertConfig) -> Conversion:
     from .crowdpose import read_crowdpose
     from .deeplabcut import read_deeplabcut
     from .lsp import read_lsp
-    from .mpii import read_mpii
+    from .mpii import read_mpii, read_mpii_test
     from .ochuman import read_ochuman
     from .posetrack18 import read_posetrack18
 
     path = Path(config.annotations)
     pictures = None if config.images is None else Pictures(Path(config.images), config.max_unreadable)
     if config.dataset == "mpii":
+        if config.split == "test":
+            return read_mpii_test(path, pictures)
         return read_mpii(path, pictures, None if config.head_boxes is None else Path(config.head_boxes))
     if config.dataset == "aic":
         return read_aic(path, pictures)

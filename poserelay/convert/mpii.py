@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 from ..datasets.coco import read_json
 from ..errors import UserError
 from . import (
+    CATEGORY,
     LOST,
     Conversion,
     Pictures,
@@ -54,6 +56,8 @@ class Annotated(NamedTuple):
     """x1, y1, x2, y2."""
     single: bool | None = None
     """Whether it stands apart from others (the single-person protocol); None where the layout does not say."""
+    place: int = 1
+    """Among the picture's annorects in the .mat, from 1."""
 
 
 def read_mpii(path: Path, pictures: Pictures | None, head_boxes: Path | None = None) -> Conversion:
@@ -103,6 +107,31 @@ def read_mpii(path: Path, pictures: Pictures | None, head_boxes: Path | None = N
             record["single_person"] = annotated.single
         found.annotations.append(record)
     found.notes.append(f"{heads} of the persons have a head box" + ("" if heads else ": PCKh needs --head_boxes"))
+    return found
+
+
+def read_mpii_test(path: Path, pictures: Pictures | None) -> Conversion:
+    """All pictures of the test part in the order of annolist, and a box for every person with a position and a scale.
+
+    A box has the fields of a COCO detection and `annorect`, the person's place in its picture from 1, by which
+    `evaluation test --submit mpii` gives the pose back.
+
+    Raises:
+        UserError: as `read_mpii`; not the site's .mat; a picture that is missing, as a submission holds all of them.
+    """
+    if path.suffix != ".mat":
+        raise UserError(f"{path}: the test part is in the site's .mat alone; give mpii_human_pose_v1_u12_1.mat")
+    pictures = replace(require_pictures(pictures, path), max_unreadable=0)
+    names, persons, _ = _site(path, test=True)
+    found = Conversion()
+    ids = place_pictures(found, names, pictures)
+    for annotated in persons:
+        if annotated.center is None or annotated.scale is None:
+            found.drop("persons without a position or a scale", annotated.where.removeprefix(f"{path}: "))
+            continue
+        box = crop_box(annotated.center, annotated.scale)
+        record = {"image_id": ids[annotated.image], "category_id": CATEGORY, "bbox": box, "score": 1.0}
+        found.boxes.append({**record, "annorect": annotated.place})
     return found
 
 
@@ -170,8 +199,8 @@ def _with_heads(path: Path, persons: list[Annotated], head_boxes: Path) -> list[
     ]
 
 
-def _site(path: Path) -> tuple[list[str], list[Annotated], dict[str, int]]:
-    """Names of the training pictures, their persons, and what the file has beside them."""
+def _site(path: Path, *, test: bool = False) -> tuple[list[str], list[Annotated], dict[str, int]]:
+    """Names of the training (or test) pictures, their persons, and what the file has beside the training part."""
     (release,) = read_mat(path, "RELEASE")
     release = np.ravel(release)[0]
     pictures, training, single = (
@@ -184,7 +213,7 @@ def _site(path: Path) -> tuple[list[str], list[Annotated], dict[str, int]]:
         )
     names, persons = [], []
     for number, (picture, known, apart) in enumerate(zip(pictures, training, single, strict=True), 1):
-        if not known:
+        if bool(known) == test:
             continue
         name = _text(_part(picture, "image"), "name")
         if not name:
@@ -193,12 +222,12 @@ def _site(path: Path) -> tuple[list[str], list[Annotated], dict[str, int]]:
         alone = {int(index) for index in np.ravel(apart)}
         for index, rect in enumerate(np.ravel(_field(picture, "annorect")), 1):
             where = f"{path}: annolist({number}).annorect({index}) ({name})"
-            persons.append(_site_person(rect, where, name, index in alone))
-    test = len(pictures) - len(names)
-    return names, persons, {"pictures of the test set, whose joints are not public": test} if test else {}
+            persons.append(_site_person(rect, where, name, index in alone, index))
+    others = 0 if test else len(pictures) - len(names)
+    return names, persons, {"pictures of the test set, whose joints are not public": others} if others else {}
 
 
-def _site_person(rect: Any, where: str, name: str, single: bool) -> Annotated:
+def _site_person(rect: Any, where: str, name: str, single: bool, place: int) -> Annotated:
     position, scale = _part(rect, "objpos"), as_floats(_field(rect, "scale"), 1)
     x, y = (as_floats(_field(position, axis), 1) for axis in "xy")
     joints = [(0.0, 0.0, 0)] * JOINTS
@@ -218,6 +247,7 @@ def _site_person(rect: Any, where: str, name: str, single: bool) -> Annotated:
         joints,
         (head[0], head[1], head[2], head[3]) if len(head) == 4 else None,
         single,
+        place,
     )
 
 
