@@ -151,27 +151,29 @@ def decode(heatmaps: Tensor, refine: Refine = "none", blur: float = 0.0) -> tupl
         return _peaks(heatmaps, refine)
     rows, columns = _blur_matrices(heatmaps, blur)
     found = []
-    for part in heatmaps.split(persons_in_cache(heatmaps)):
+    for part in parts_in_cache(heatmaps):
         # Named, not passed on: what lives into the next turn keeps the allocator from returning its pages in between.
-        filtered = _filter(part, rows, columns)
+        filtered = _filter(heatmaps[part], rows, columns)
         found.append(_peaks(filtered, refine))
     xy, score = zip(*found, strict=True)
     return torch.cat(xy), torch.cat(score)
 
 
-def persons_in_cache(heatmaps: Tensor) -> int:
-    """How many persons to work on at once, so that on the CPU the maps between two steps do not leave its cache."""
-    if heatmaps.device.type != "cpu":
-        return max(1, len(heatmaps))
-    return max(1, 2**19 // max(1, math.prod(heatmaps.shape[1:])))
+def parts_in_cache(heatmaps: Tensor) -> list[slice]:
+    """The persons to work on at once, so that on the CPU the maps between two steps do not leave its cache."""
+    # The batch of an exported graph has no length yet that could be cut.
+    if heatmaps.device.type != "cpu" or torch.compiler.is_exporting():
+        return [slice(None)]
+    persons = max(1, 2**19 // max(1, math.prod(heatmaps.shape[1:])))
+    return [slice(start, start + persons) for start in range(0, max(1, len(heatmaps)), persons)]
 
 
 def _peaks(heatmaps: Tensor, refine: Refine) -> tuple[Tensor, Tensor]:
     height, width = heatmaps.shape[-2:]
     flat = heatmaps.flatten(-2)
-    # On the CPU numpy's argmax vectorises, torch's does not.
-    on_cpu = flat.device.type == "cpu"
-    largest = torch.from_numpy(flat.detach().numpy().argmax(-1)) if on_cpu else flat.argmax(-1)
+    # On the CPU numpy's argmax vectorises, torch's does not, but a graph holds it; both take the first of equals.
+    by_numpy = flat.device.type == "cpu" and not torch.compiler.is_exporting()
+    largest = torch.from_numpy(flat.detach().numpy().argmax(-1)) if by_numpy else flat.argmax(-1)
     score = flat.gather(-1, largest[..., None]).squeeze(-1)
     peak = torch.stack((largest % width, largest // width), -1)
     if refine == "none" or min(height, width) < 3:
@@ -322,8 +324,6 @@ def average_flip(heatmaps: Tensor, heatmaps_of_flipped: Tensor, flip_index: Sequ
     """The mean of a picture's maps and its mirrored picture's, `[B, K, H, W]`; arguments as in `flip_back`."""
     heatmaps = _at_least_float32(heatmaps)
     average = torch.empty_like(heatmaps)
-    persons = persons_in_cache(heatmaps)
-    for start in range(0, len(heatmaps), persons):
-        part = slice(start, start + persons)
+    for part in parts_in_cache(heatmaps):
         average[part] = flip_back(heatmaps_of_flipped[part], flip_index, shift).lerp_(heatmaps[part], 0.5)
     return average

@@ -118,7 +118,12 @@ def predict_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decod
 @torch.inference_mode()
 def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decoding) -> CropMaps:
     """Heatmaps of the crops and, with `decoding.flip`, of the mirrored crops; otherwise as `predict_crops`."""
-    images = model.preprocess(batch.images)
+    return crop_maps(model, batch.images, decoding)
+
+
+def crop_maps(model: PoseModel | Ensemble, crops: Tensor, decoding: Decoding) -> CropMaps:
+    """What `forward_crops` gives for crops `[B, 3, H, W]`, uint8 RGB; an exported graph begins with it too."""
+    images = model.preprocess(crops)
     refined: Any = model.refined if model.refiner is not None and decoding.scio.output != "base" else None
 
     def maps_of(images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -135,17 +140,29 @@ def forward_crops(model: PoseModel | Ensemble, batch: CropBatch, decoding: Decod
 @torch.inference_mode()
 def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps, decoding: Decoding) -> Decoded:
     """What `predict_crops` returns and raises, from the heatmaps that `forward_crops` gave for the batch."""
-    input_size = (batch.images.shape[-2], batch.images.shape[-1])
+    xy, scores, verification = crop_joints(model, batch.images.shape[-2:], found, decoding)
+    # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
+    keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())
+    return Decoded(
+        torch.from_numpy(keypoints).float(), scores.cpu(), None if verification is None else verification.cpu()
+    )
+
+
+def crop_joints(
+    model: PoseModel | Ensemble, size: Sequence[int], found: CropMaps, decoding: Decoding
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`decode_crops` before the way back to the image: joints `[B, K, 2]` in input pixels, on the device.
+
+    size: (height, width) of the crops. An exported graph ends with it too (`deployment`).
+    """
+    input_size = (size[0], size[1])
     heatmap_size = (found.maps.shape[-2], found.maps.shape[-1])
 
     def peaks(maps: Tensor, mirrored: Tensor | None, joints: Any = slice(None)) -> tuple[Tensor, Tensor]:
         if mirrored is not None:
             shift = flip_shift(decoding, model.input.alignment, input_size[1] / heatmap_size[1])
             maps = heatmaps.average_flip(maps, mirrored, model.skeleton.flip_index, shift)
-        if not torch.isfinite(maps).all():
-            raise CheckFailed(
-                "the model's heatmaps hold NaN or infinity; its weights are damaged, or diverged in training"
-            )
+        check_finite(maps, "the model's heatmaps hold NaN or infinity; its weights are damaged, or training diverged")
         return heatmaps.decode(maps[:, joints], refine=decoding.refine, blur=decoding.blur)
 
     xy, scores = peaks(found.maps, found.mirrored)
@@ -156,12 +173,13 @@ def decode_crops(model: PoseModel | Ensemble, batch: CropBatch, found: CropMaps,
         mirrored = found.learned_mirrored if paired else None
         learned = peaks(found.learned, mirrored, model.refiner.distal)
         xy, scores, verification = _refine_distal(model, found, (xy, scores), learned, decoding)
-    xy = heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment)
-    # In float64: far from the origin the inverse of a small crop's map loses digits that matter.
-    keypoints = apply_affine(invert_affine(batch.affine.cpu().numpy()), xy.cpu().numpy())
-    return Decoded(
-        torch.from_numpy(keypoints).float(), scores.cpu(), None if verification is None else verification.cpu()
-    )
+    return heatmaps.heatmap_to_input(xy, input_size, heatmap_size, model.input.alignment), scores, verification
+
+
+def check_finite(values: Tensor, problem: str) -> None:
+    """Raise CheckFailed with `problem` where a value is NaN or infinite; an exported graph cannot, and does not."""
+    if not torch.compiler.is_exporting() and not torch.isfinite(values).all():
+        raise CheckFailed(problem)
 
 
 def chosen_distal(networks: SCIO, scores: Tensor, config: DistalJoints) -> Tensor:
@@ -202,24 +220,24 @@ def _refine_distal(
     xy, scores = xy.clone(), scores.clone()
     chosen = chosen_distal(model.refiner, scores, decoding.scio)  # [B, G]
     verification = torch.full_like(scores, float("nan"))
-    persons = chosen.any(1).nonzero()[:, 0]
-    if not len(persons):
-        return xy, scores, verification
+    persons: Any = slice(None)
+    if not torch.compiler.is_exporting():  # in a graph, which is the same whatever the crops show, all are searched
+        persons = chosen.any(1).nonzero()[:, 0]
+        if not len(persons):
+            return xy, scores, verification
     constraint = self_constraint(model, found, decoding, persons)
     ends = learned_xy[persons]
     if decoding.scio.output == "optimisation":
         ends = search_distal(constraint, ends, decoding.scio, model.stride).xy
     verified = constraint.score(ends).to(scores)
-    if not torch.isfinite(verified).all():
-        raise CheckFailed("the verification networks' heatmaps hold NaN or infinity; the model's weights are damaged")
+    check_finite(verified, "the verification networks' heatmaps hold NaN or infinity; the model's weights are damaged")
     heights = learned_scores[persons]
     if decoding.scio.confidence == "verification":
         heights = heights * verified
-    rows, groups = chosen[persons].nonzero(as_tuple=True)
-    persons, joints = persons[rows], distal[groups]
-    xy[persons, joints] = ends[rows, groups].to(xy)
-    scores[persons, joints] = heights[rows, groups]
-    verification[persons, joints] = verified[rows, groups]
+    for own, found_there in ((xy, ends), (scores, heights), (verification, verified)):
+        rows, taken = own[persons], chosen[persons].unflatten(1, (-1, *[1] * (own.ndim - 2)))
+        rows[:, distal] = torch.where(taken, found_there.to(own), rows[:, distal])
+        own[persons] = rows
     return xy, scores, verification
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import DistalJoints
 from .heads.scio import SCIO
-from .heatmaps import persons_in_cache, render
+from .heatmaps import parts_in_cache, render
 
 MARGIN = 1e-9
 """What a loss must fall by to count: less is rounding, which differs between batches."""
@@ -104,9 +104,8 @@ class SelfConstraint:
         """Gamma's heatmaps of A, `[B, G, h, w]`, for distal joints at `[B, G, 2]`, heatmap pixels."""
         size = (self.target.shape[-2], self.target.shape[-1])
         rendered = render(xy, size, self.networks.sigma).to(self._rest)
-        persons = persons_in_cache(self._rest)
-        parts = zip(rendered.split(persons), self._rest.split(persons), strict=True)
-        return torch.cat([self.networks.verification.with_last(*part) for part in parts])
+        parts = parts_in_cache(self._rest)
+        return torch.cat([self.networks.verification.with_last(rendered[part], self._rest[part]) for part in parts])
 
     def loss(self, xy: Tensor) -> Tensor:
         """Mean squared difference of H_A and Gamma's answer, `[B, G]`, for distal joints at `[B, G, 2]`."""

@@ -22,9 +22,8 @@ from .config import Decoding
 from .datasets.coco import CocoAnnotations
 from .datasets.fullimage import PyramidDataset, PyramidRecord, collate_pyramids, pyramid
 from .datasets.sampling import read_image
-from .errors import CheckFailed
 from .heads.cir import CIRMaps, pixel_grid
-from .inference import Poses, evaluation_batches, suppress, to_results
+from .inference import Poses, check_finite, evaluation_batches, suppress, to_results
 from .model import SingleStageModel
 from .scoring import order_of_file, sigma_source
 
@@ -43,7 +42,7 @@ class Found(NamedTuple):
     """At most P poses of each of B images, on the device."""
 
     keypoints: Tensor
-    """`[B, P, K, 2]` float64, image pixels."""
+    """`[B, P, K, 2]`, image pixels, of the affine maps' type: float64."""
     scores: Tensor
     """`[B, P]`, best first; a slot at or under the threshold, or off the image, holds -inf."""
 
@@ -71,11 +70,15 @@ def find_poses(model: SingleStageModel, batch: PyramidBatch, decoding: Decoding)
 
     Raises CheckFailed where a map is not finite.
     """
+    return poses_of(model, batch, decoding)
+
+
+def poses_of(model: SingleStageModel, batch: PyramidBatch, decoding: Decoding) -> Found:
+    """What `find_poses` returns and raises; an exported graph is made of this (`deployment`)."""
     views = views_of(batch, decoding.flip, model.stride)
     return decode_views(model, batch, views, [model.maps(model.preprocess(view.images)) for view in views], decoding)
 
 
-@torch.inference_mode()
 def decode_views(
     model: SingleStageModel, batch: PyramidBatch, views: Sequence[View], maps: Sequence[CIRMaps], decoding: Decoding
 ) -> Found:
@@ -87,19 +90,20 @@ def decode_views(
     scales, stride = decoding.whole.scales, model.stride
     nearest = min(range(len(scales)), key=lambda number: abs(math.log(scales[number])))
     base = nearest * (2 if decoding.flip else 1)
-    own = maps[base].confidence.float()
+    confidences = [found.confidence.float() for found in maps]
+    own = confidences[base]
     height, width = own.shape[-2:]
-    grid = pixel_grid(height, width, own.device).double() * stride
-    places = apply(invert(views[base].affine), grid[None].expand(len(own), -1, -1))  # image pixels of the map's pixels
+    exact = batch.sizes.dtype
+    grid = pixel_grid(height, width, own.device).to(exact) * stride
+    places = apply(invert(views[base].affine), grid[None])  # image pixels of the map's pixels
     scores = [
         own
         if number == base
-        else at(apply(view.affine, places) / stride, found.confidence.float()).unflatten(1, (height, width))
-        for number, (view, found) in enumerate(zip(views, maps, strict=True))
+        else at(apply(view.affine, places) / stride, confidence).unflatten(1, (height, width))
+        for number, (view, confidence) in enumerate(zip(views, confidences, strict=True))
     ]
     mean = torch.stack(scores).mean(0)
-    if not torch.isfinite(mean).all():
-        raise CheckFailed("the model's score maps hold NaN or infinity; its weights are damaged, or diverged")
+    check_finite(mean, "the model's score maps hold NaN or infinity; its weights are damaged, or diverged")
     # Half a pixel around the image belongs to its border pixels; beyond there is only padding.
     inside = ((places >= -0.5) & (places <= batch.sizes.flip(-1)[:, None] - 0.5)).all(-1).unflatten(1, (height, width))
     mean = torch.where(inside, mean, -torch.inf)
@@ -108,20 +112,19 @@ def decode_views(
     best, index = ranked.topk(min(decoding.whole.max_poses, height * width), dim=1)
     centres = places.gather(1, index[..., None].expand(-1, -1, 2))  # [B, P, 2], image pixels
 
-    total = torch.zeros(*index.shape, len(model.skeleton.joints), 2, dtype=torch.float64, device=own.device)
-    weights = torch.zeros(*index.shape, 1, 1, dtype=torch.float64, device=own.device)
-    for view, found in zip(views, maps, strict=True):
+    total = torch.zeros(*index.shape, len(model.skeleton.joints), 2, dtype=exact, device=own.device)
+    weights = torch.zeros(*index.shape, 1, 1, dtype=exact, device=own.device)
+    for view, found, confidence in zip(views, maps, confidences, strict=True):
         last = torch.tensor([found.score.shape[-1] - 1, found.score.shape[-2] - 1], device=own.device)
         pixels = (apply(view.affine, centres) / stride).round().clamp(min=0).minimum(last)
-        moved = model.head.displacements(found.joints, pixels.float()).double()  # [B, P, K, 2]
+        moved = model.head.displacements(found.joints, pixels.float()).to(exact)  # [B, P, K, 2]
         poses = apply(invert(view.affine)[:, None], (pixels[:, :, None] + moved) * stride)
         if view.mirrored:
             poses = poses[:, :, list(model.skeleton.flip_index)]
-        weight = at(pixels, found.confidence.float()).clamp(min=1e-6).double()[..., None, None]
+        weight = at(pixels, confidence).clamp(min=1e-6).to(exact)[..., None, None]
         total, weights = total + weight * poses, weights + weight
     keypoints = total / weights
-    if not torch.isfinite(keypoints).all():
-        raise CheckFailed("the model's displacements hold NaN or infinity; its weights are damaged, or diverged")
+    check_finite(keypoints, "the model's displacements hold NaN or infinity; its weights are damaged, or diverged")
     return Found(keypoints, best)
 
 
@@ -140,7 +143,10 @@ def apply(affine: Tensor, points: Tensor) -> Tensor:
 
 def invert(affine: Tensor) -> Tensor:
     """Inverse maps of `[..., 2, 3]`."""
-    linear = torch.linalg.inv(affine[..., :2])
+    # Written out because a graph has no inverse of matrices.
+    (a, b), (c, d) = (row.unbind(-1) for row in affine[..., :2].unbind(-2))
+    adjugate = torch.stack((torch.stack((d, -b), -1), torch.stack((-c, a), -1)), -2)
+    linear = adjugate / (a * d - b * c)[..., None, None]
     return torch.cat((linear, -linear @ affine[..., 2:]), -1)
 
 

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["decode", "nms", "loader", "views", "shards", "neighbours", "pretrain_step", "icon"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("decode", "nms", "loader", "views", "shards", "neighbours", "pretrain_step", "icon"),
+        *("diagnose", "video", "report"),
+    ],
+)
 def test_benchmark(
     name: str, people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,6 +42,9 @@ def test_benchmark(
             "--rounds",
             "1",
         ],
+        "diagnose": ["--images", "20", "--persons", "30", "--poses", "200", "--rounds", "1"],
+        "video": ["--quick"],
+        "report": ["--runs", "2", "--annotations", str(people / "annotations.json"), *images],
         "icon": [
             *("--peer_batch", "3", "--batches", "3", "--joints", "17", "--backbone", "resnet18", "--size", "64", "32"),
             *("--step_batch", "2", "--loss_batch", "4", "--rounds", "1"),

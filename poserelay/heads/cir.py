@@ -182,7 +182,7 @@ class CIRHead(nn.Module):
         if self.pose_query == "none":
             return instance
         height, width = instance.shape[-2:]
-        grid = pixel_grid(height, width, instance.device)[None].expand(len(instance), -1, -1)  # [B, h w, 2]
+        grid = pixel_grid(height, width, instance.device)[None].expand(instance.shape[0], -1, -1)  # [B, h w, 2]
         count = 1
         if self.pose_query == "automatic":
             moved = self._displacement(self.automatic, instance).unflatten(1, (-1, 2))
