@@ -55,7 +55,7 @@ def made(stage: Configurations, arguments: list[str]) -> object:
         return str(error).removeprefix("W: ")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=3), st.data())
 def test_as_if_each_were_parsed(fields: list[str], data: st.DataObject) -> None:
     stage = Configurations(FinetuneConfig, "x")

@@ -146,7 +146,7 @@ def test_none_hands_the_backbone_off_as_it_was_built(people: Path, tmp_path: Pat
 def test_a_collapse_is_named_and_can_stop_the_run(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absurd = ("--method", '{"name": "simsiam", "kwargs": {"width": 64}}', "--optim.epochs", "60", "--log_every", "4")
+    absurd = ("--method", '{"name": "simsiam", "kwargs": {"width": 64}}', "--optim.epochs", "40", "--log_every", "4")
     absurd += ("--optim.base_lr", "300", "--optim.batch_size", "24")
     absurd += ("--model.input.height", "64", "--model.input.width", "64")
     assert pretrain(pretrain_arguments(people, tmp_path / "warned", *absurd)) == 0
