@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -47,31 +46,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def name_sides(arguments: Sequence[str]) -> list[str]:
-    """`compare A B --annotations FILE` as `compare --a A --b B --annotations FILE`; other arguments as they are."""
-    paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    flags = {argument.split("=")[0] for argument in arguments}
-    if paths[:1] != ["compare"] or len(paths) != 3 or not flags.isdisjoint(("--a", "--b")):
+    """`compare A B --annotations FILE` as `compare --annotations FILE --a=A --b=B`, wherever the files are."""
+    if arguments[:1] != ["compare"]:
         return list(arguments)
-    return ["compare", "--a", paths[1], "--b", paths[2], *arguments[3:]]
+    files, named = without_flags(arguments[1:])
+    if len(files) == 2 and {"--a", "--b"}.isdisjoint(flag.split("=")[0] for flag in named):
+        files = [f"--a={files[0]}", f"--b={files[1]}"]
+    return ["compare", *named, *files]
 
 
 def name_runs(arguments: Sequence[str]) -> list[str]:
     """`report RUN... --out FILE` as `report --out FILE --runs+=[RUN, ...]`, the runs before flags or after them."""
     if arguments[:1] != ["report"]:
         return list(arguments)
-    named, runs, rest = ["report"], list[str](), list(arguments[1:])
+    rest = list(arguments[1:])
+    for place, argument in enumerate(rest[:-1]):
+        if argument == "--runs" and not rest[place + 1].startswith("["):
+            del rest[place]  # `--runs A B`
+            break
+    runs, named = without_flags(rest)
+    return ["report", *named, *([f"--runs+={json.dumps(runs, ensure_ascii=False)}"] if runs else [])]
+
+
+def without_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that belong to no flag, and the flags with their values."""
+    free, named, rest = list[str](), list[str](), list(arguments)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("-"):
-            runs.append(argument)
-            continue
-        if argument == "--runs" and rest and not rest[0].startswith("["):
+            free.append(argument)
             continue
         named.append(argument)
-        if argument not in ("-h", "--help", "--print_config") and "=" not in argument:
+        alone = ("-h", "--help", "--print_config", "--json")
+        if argument not in alone and "=" not in argument:
             named += rest[:1]
             del rest[:1]
-    return [*named, f"--runs+={json.dumps(runs, ensure_ascii=False)}"] if runs else named
+        elif argument == "--json" and rest[:1] in (["true"], ["false"]):
+            named.append(rest.pop(0))
+    return free, named
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ from poserelay.scoring import (
 from .config import CompareConfig
 from .score import format_report, warn_of_oks, warn_of_repeated, without_nan
 
+FEW = 20
+"""Images below which a bootstrap's interval is known to be too narrow."""
+
 
 class Sample(NamedTuple):
     """What is drawn anew: images, `units` of them."""
@@ -105,7 +108,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
             for side, values in zip(sides, found.observed, strict=True)
         },
     }
-    print(json.dumps(report) if config.json else f"{format_report(report)}\n{verdict(found)}")
+    print(json.dumps(report) if config.json else f"{format_report(report)}\n{verdict(found, sample.units)}")
     return report
 
 
@@ -123,6 +126,9 @@ def paired_bootstrap(
     rng = np.random.default_rng(seed)
     observed = values(np.ones(units, dtype=np.int64))
     paired = observed[0] - observed[1]
+    if units < 2:  # every sample is the same: they say nothing of chance
+        spread = float(paired.std(ddof=1)) if len(paired) > 1 else None
+        return Difference(observed, float(paired.mean()), math.nan, math.nan, math.nan, spread)
     drawn = np.empty(resamples)
     for resample in range(resamples):
         first, second = values(np.bincount(rng.integers(units, size=units), minlength=units))
@@ -244,9 +250,11 @@ def precision_of_sample(evaluation: COCOeval) -> Callable[[np.ndarray], float]:
     return average_precision
 
 
-def verdict(found: Difference) -> str:
-    """One or two sentences on what the difference shows."""
-    if found.low == found.high == 0:
+def verdict(found: Difference, units: int) -> str:
+    """One or two sentences on what the difference shows, drawn from so many images."""
+    if math.isnan(found.low):
+        text = "A single image: nothing can be drawn anew, so there is no interval and no p."
+    elif found.low == found.high == 0:
         text = "The two score alike in every sample: are they the same predictions?"
     elif found.low > 0 or found.high < 0:
         text = f"a is {'better' if found.difference > 0 else 'worse'} than b: the 95 % interval leaves out 0."
@@ -255,6 +263,8 @@ def verdict(found: Difference) -> str:
             "No difference shown: the 95 % interval contains 0. "
             f"One below {min(1.0, (found.high - found.low) / 2):.4f} could not have been shown by this comparison."
         )
+    if 1 < units < FEW:
+        text += f"\nDrawn from {units} images: with fewer than {FEW} the interval is too narrow; do not rely on it."
     if found.seed_spread is None:
         text += "\nOne file each: the interval knows nothing of what another seed would have changed."
     return text

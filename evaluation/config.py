@@ -265,6 +265,8 @@ class PredictConfig:
             raise ValueError("boxes and detector are both given; leave one out")
         if self.detector_weights is not None and self.detector is None:
             raise ValueError("detector_weights is given without detector; name the detector that they are of")
+        if self.box_threshold is not None and self.boxes is None and self.detector is None:
+            raise ValueError("box_threshold is given without boxes or detector; give one of them, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from .calibration import correlation
 from .config import DiagnoseConfig
 from .error_types import HUMAN, KINDS, MATCHED_FROM, NEAR, Classified, classify, mirror_joints
 from .oks_matching import THRESHOLDS, Precision, Scene, extent_areas, precision_of, scene_of
-from .score import without_nan
+from .score import warn_of_oks, warn_of_repeated, without_nan
 
 BINS = 10
 """Of the calibration."""
@@ -58,6 +59,8 @@ JOINTS_STEP = 5
 
 def main(config: DiagnoseConfig) -> dict[str, Any]:
     """Print, write and return `diagnose`'s dict. Raises UserError for a file or record that cannot be used."""
+    if config.annotations.endswith(".mat"):
+        raise UserError(f"{config.annotations}: diagnose reads COCO JSON; `poserelay convert` makes it of MPII's files")
     annotations = read_coco(config.annotations)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, config.annotations)
     truth = scored_truth(annotations, skeleton)
@@ -66,7 +69,15 @@ def main(config: DiagnoseConfig) -> dict[str, Any]:
     check_results(results, annotations.image_ids, annotations.category["id"], joints, config.predictions)
     if truth.common is not truth.file:
         results = take_joints(results, truth.columns)
+    warn_of_repeated(results, config.predictions)
+    warn_of_oks(truth, results, skeleton, config.predictions)
     found = diagnose(truth, results, skeleton)
+    if not found["errors"]["pairs"]:
+        print(
+            f"warning: skeleton {skeleton.name} has no mirror pairs: no joint can be inverted; a file with flip_pairs, "
+            "given by --skeleton, names them",
+            file=sys.stderr,
+        )
     found["protocol"] = {"predictions": Path(config.predictions).name, **found["protocol"]}
     if config.out is not None:
         from .diagnosis_figures import overview  # matplotlib takes a second to import
@@ -277,7 +288,7 @@ def calibration(scene: Scene) -> dict[str, Any]:
     scores, oks = scene.scores, scene.best_oks(~scene.ignored)
     fractions = bool(((scores >= 0) & (scores <= 1)).all())
     low, high = (0.0, 1.0) if fractions else (float(scores.min()), float(scores.max()))
-    edges = np.linspace(low, high, BINS + 1)
+    edges = low + (high - low) * np.arange(BINS + 1) / BINS  # 3 / 10 is 0.3, 3 * 0.1 is not
     bin_of = np.searchsorted(edges, scores, side="right").clip(1, BINS) - 1
     bins, error = [], 0.0
     for place in range(BINS):
@@ -391,7 +402,9 @@ def format_diagnosis(found: Mapping[str, Any]) -> str:
     paired = {joint for pair in errors_["pairs"] for joint in pair.split(", ")}
     single = {joint: its for joint, its in errors_["joints"].items() if joint not in paired}
     for name, its in (single | errors_["pairs"]).items():
-        lines.append(_row(name, [_percent(its[kind]) for kind in KINDS], its["labels"]))
+        # What has no mirror image is never inverted.
+        cells = ["-" if kind == "inversion" and name in single else _percent(its[kind]) for kind in KINDS]
+        lines.append(_row(name, cells, its["labels"]))
     if errors_["confused"]:
         whose = {"own": "", "other": "another person's "}
         most = [

@@ -28,6 +28,8 @@ WIDTHS = (2.4, 2.4, 2.6)
 """Of a person's two pictures and of the list beside them, inches."""
 LINE = 38
 """Characters of the list."""
+TITLE = 85
+"""Characters over one column of persons."""
 DPI = 120
 """Of `draw_worst`."""
 
@@ -118,11 +120,11 @@ def draw_errors(config: VisualizeConfig) -> Figure:
         first = 3 * (place % across)
         show_worst(list(cells[place // across, first : first + 3]), its, view, truth.counted.joints, skeleton)
     persons = len(truth.counted.persons)
-    figure.suptitle(
+    title = (
         f"{short_name(names_of(config.predictions)[0], 40)}: the {len(worst)} worst of {len(errors.persons):,} persons "
-        f"that a pose is matched to; {persons - len(errors.persons):,} of {persons:,} have none",
-        fontsize=10,
+        f"that a pose is matched to; {persons - len(errors.persons):,} of {persons:,} have none"
     )
+    figure.suptitle("\n".join(wrap(title, TITLE * across)), fontsize=10)
     figure.legend(handles=kind_marks(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
 

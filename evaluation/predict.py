@@ -48,6 +48,7 @@ READERS = min(4, os.cpu_count() or 1)
 """Threads that read pictures, and as many that draw; a video has one of each."""
 DETECTED = 0.5
 """Score from which on a detector's boxes are taken."""
+ALONE = "one video at a time; give it as the only one of images"
 LONGEST = 65500
 """Pixels of the longest side of a JPEG."""
 
@@ -150,6 +151,7 @@ class Video:
         self._writer: VideoWriter | None = None
         self._last: np.ndarray | None = None
         self._owed = 0
+        self._asked = 0
 
     def items(self) -> Iterable[Any]:
         """Without an end, which only reading finds."""
@@ -160,6 +162,7 @@ class Video:
         frame = next(self._frames, None)
         if frame is None:
             return None
+        self._asked += 1
         problem = "" if frame.image is not None else f"{self.path}: frame {frame.index} cannot be decoded"
         persons = None if self.persons is None else self.persons.get(frame.index, Persons(frame.index))
         return Picture({"image_id": frame.index, "frame": frame.index}, frame.image, problem, persons)
@@ -183,7 +186,14 @@ class Video:
         self._last = drawn
 
     def close(self) -> None:
-        """Give the video its name."""
+        """Give the video its name, and say which boxes are of frames that it has not."""
+        beyond = [frame for frame in self.persons or {} if frame >= self._asked]
+        if self.persons and beyond:
+            print(
+                f"{sum(len(self.persons[frame].boxes) for frame in beyond)} boxes belong to no frame of {self.path}, which "
+                f"has {self._asked}, counted from 0",
+                file=sys.stderr,
+            )
         if self._writer is not None:
             self._writer.close()
 
@@ -207,6 +217,7 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
             done; or as `predict_images`.
     """
     checkpoints = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
+    check_folder(Path(config.out))
     for checkpoint in checkpoints:
         verify_handoff(checkpoint)
     out, source = Path(config.out), open_source(config)
@@ -217,7 +228,8 @@ def main(config: PredictConfig) -> list[dict[str, Any]]:
         raise UserError(f"{checkpoints[0]}: a single-stage model finds the persons itself; leave {given} out")
     detector = None
     if config.detector:
-        detector = build_detector(config.detector, config.detector_weights, _threshold(config)).to(device)
+        detector = build_detector(config.detector, config.detector_weights, _threshold(config), "--detector_weights")
+        detector = detector.to(device)
     results: list[dict[str, Any]] = []
     overview: list[np.ndarray] = []
     readable = lost = 0
@@ -376,6 +388,15 @@ def predict_batch(
     return found
 
 
+def check_folder(out: Path) -> None:
+    """Raise UserError where something in the way is no folder, or one that may not be written to."""
+    above = next(place for place in (out, *out.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        raise UserError(f"--out {out}: {above} is no folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {above} may not be written to; name another place")
+
+
 def open_source(config: PredictConfig) -> Source:
     """The pictures or the video that the command is about. Raises UserError."""
     images = config.images if isinstance(config.images, str) else config.images[0]
@@ -390,19 +411,40 @@ def find_pictures(config: PredictConfig) -> tuple[Path, dict[str, Persons]]:
     root, names = list_files([config.images] if isinstance(config.images, str) else config.images)
     if config.boxes is None:
         return root, {name: Persons(image_id) for image_id, name in enumerate(names, start=1)}
+    boxes = read_boxes(config.boxes)
+    there = set(names)
+    own = [record for record in boxes if record[0] in there]
+    if not own:
+        raise UserError(
+            f"{config.boxes}: no box for a picture of {config.images}; file names must be relative to {root}"
+        )
+    check_scores(config, [score for *_, score in own])
+    if len(own) < len(boxes):
+        absent = next(name for name, *_ in boxes if name not in there)
+        print(
+            f"{config.boxes}: {len(boxes) - len(own)} of {len(boxes)} boxes belong to no picture of {config.images}, "
+            f"such as that of {absent}",
+            file=sys.stderr,
+        )
     pictures: dict[str, Persons] = {}
-    for name, image_id, box, score in read_boxes(config.boxes):
+    for name, image_id, box, score in own:
         if score >= _threshold(config):
             picture = pictures.setdefault(name, Persons(image_id))
             picture.boxes.append(box)
             picture.scores.append(score)
     chosen = {name: pictures[name] for name in names if name in pictures}
-    if not chosen:
-        raise UserError(
-            f"{config.boxes}: no box of a score of at least {_threshold(config)} for a picture of {config.images}; "
-            f"file names must be relative to {root}"
-        )
+    if len(chosen) < len(names):
+        print(f"{len(names) - len(chosen)} of {len(names)} pictures are left out: they have no box", file=sys.stderr)
     return root, chosen
+
+
+def check_scores(config: PredictConfig, scores: Sequence[float]) -> None:
+    """Raise UserError where the threshold leaves none of the boxes."""
+    if max(scores) < _threshold(config):
+        raise UserError(
+            f"{config.boxes}: no box is left: of {len(scores)} the best is scored {max(scores):g}, below --box_threshold "
+            f"{_threshold(config):g}; lower it"
+        )
 
 
 def list_files(given: Sequence[str]) -> tuple[Path, list[str]]:
@@ -423,36 +465,53 @@ def _expanded(text: str) -> tuple[Path, list[Path]]:
     """The pictures that a path or a pattern names, and the folder; of a pattern the one before its first wildcard."""
     path = Path(text)
     if path.is_dir():
-        return path, list_images(path)
+        videos = [file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES]
+        try:
+            pictures = list_images(path)
+        except UserError as error:
+            raise UserError(f"{error}; {ALONE}, such as {videos[0]}" if videos else str(error)) from error
+        _tell_videos(videos)
+        return path, pictures
     if path.exists():
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            raise UserError(f"{text}: a video goes alone; give it as the only one of images")
+            raise UserError(f"{text}: {ALONE}")
         return path.parent, [path]
     if not glob.has_magic(text):
         raise UserError(f"{text}: no such file or folder; check the path")
-    files = sorted(Path(file) for file in glob.glob(text, recursive=True))
-    files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    named = sorted(Path(file) for file in glob.glob(text, recursive=True))
+    videos = [file for file in named if file.suffix.lower() in VIDEO_SUFFIXES]
+    files = [file for file in named if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if videos and not files:
+        raise UserError(f"{text}: {ALONE}, such as {videos[0]}")
     if not files:
         raise UserError(f"{text}: no picture is named so (looked for {', '.join(sorted(SUFFIXES))}); check the pattern")
+    _tell_videos(videos)
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
     return Path(*fixed), files
+
+
+def _tell_videos(videos: Sequence[Path]) -> None:
+    if videos:
+        more = f" and {len(videos) - 1} more" if len(videos) > 1 else ""
+        print(f"left out: {videos[0]}{more}: {ALONE}", file=sys.stderr)
 
 
 def frame_persons(config: PredictConfig, path: Path, frames: int | None) -> dict[int, Persons]:
     """By frame, from 0, the boxes of a video. Raises UserError, also where there is none."""
     found: dict[int, Persons] = {}
-    for position, (_, index, box, score) in enumerate(read_boxes(str(config.boxes), of_frames=True)):
+    boxes = read_boxes(str(config.boxes), of_frames=True)
+    for position, (_, index, _, _) in enumerate(boxes):
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise UserError(f"{config.boxes}: record {position}: image_id {index!r} is no frame, counted from 0")
+    scores = [score for _, index, _, score in boxes if index < (frames or math.inf)]
+    if not scores:
+        raise UserError(f"{config.boxes}: no box for a frame of {path}; image_id must be the frame, counted from 0")
+    check_scores(config, scores)
+    for _, index, box, score in boxes:
         if score >= _threshold(config):
             persons = found.setdefault(index, Persons(index))
             persons.boxes.append(box)
             persons.scores.append(score)
-    if not found or min(found) >= (frames or math.inf):
-        raise UserError(
-            f"{config.boxes}: no box of a score of at least {_threshold(config)} for a frame of {path}; image_id "
-            "must be the frame, counted from 0"
-        )
     return found
 
 

@@ -196,6 +196,13 @@ def warn_of_oks(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Sk
     without = sum("area" not in person for person in persons)
     images, poses = beyond_best(results)
     found = []
+    if without == 0 and not has_crowd_index(data):
+        flat = sum(person["area"] <= 0 and any(person.get("keypoints", ())[2::3]) for person in persons)
+        if flat:
+            found.append(
+                f"{truth.file.path}: {flat} labelled persons have an area of 0: their OKS is 0 for every pose that is "
+                "not exact; mend their areas, or take the field out to have 0.53 of the box"
+            )
     if without and not has_crowd_index(data):
         found.append(
             f"{truth.file.path}: {without} of its {len(persons)} annotations have no area: OKS takes {AREA_OF_BOX} of "

@@ -74,7 +74,7 @@ def draw_teacher(runs: list[Path]) -> Figure:
         for colour, its in zip(colours_of(lessons), lessons, strict=True):
             draw_curves(axes, its, named, colour)
         styled = [Line2D([], [], color="black", linestyle=style, label=text) for text, style in named.values()]
-        if named is PEAKS:
+        if named is PEAKS and any(its.gamma > 0 for its in lessons):
             styled.append(Line2D([], [], color="black", linestyle="dotted", label="taught above"))
         axes.legend(handles=styled, fontsize=8, framealpha=0.7)
         axes.set(title=title, xlabel="steps", ylabel=label)

@@ -240,6 +240,8 @@ def _explain(message: str, config_class: Any, argv: Sequence[str], files: Sequen
         return text
     field = ".".join(part for part in (unknown or known).groups() if part)  # pyright: ignore[reportOptionalMemberAccess]
     where, field = _source(field, argv, files)
+    if lacking := re.search(r"Union subtypes.*following arguments are required: ([\w.]+)", text):
+        return f"{where}field '{field}.{lacking[1]}' is missing; give it, or leave {field!r} out"
     if not unknown:
         return f"{where}field {field!r}: {text[known.end() :] if known else text}"
     near = difflib.get_close_matches(field, _field_names(config_class), n=1, cutoff=0.5)

@@ -391,6 +391,8 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_unreadable": (0, 1), "box_margin": (0, 10_000)})
+        if not self.out.endswith(".json"):
+            raise ValueError(f"out is {self.out!r}, expected a name that ends in .json")
         if self.skeleton is not None and self.dataset not in ("deeplabcut", "coco"):
             raise ValueError(f"skeleton: {self.dataset} has one of its own; leave it out")
         if self.head_boxes is not None and self.dataset != "mpii":

@@ -361,10 +361,11 @@ class _Stored(Dataset[Tensor | str]):
         return image
 
 
-def build_detector(name: str, weights: str | None, score_threshold: float) -> nn.Module:
+def build_detector(name: str, weights: str | None, score_threshold: float, option: str = "--weights") -> nn.Module:
     """A detector of `DETECTORS` on the CPU in eval mode, which returns what is scored above `score_threshold`.
 
-    `weights` is a file with its state dict, None torchvision's COCO weights, from the cache or the internet.
+    `weights` is a file with its state dict, None torchvision's COCO weights, from the cache or the internet; `option`
+    is what the command calls the file.
 
     Raises:
         UserError: the weights cannot be fetched or read, are of another network, or hold NaN or infinity.
@@ -373,7 +374,7 @@ def build_detector(name: str, weights: str | None, score_threshold: float) -> nn
     if weights:
         state, source = read_weights(Path(weights))[0], weights
     else:
-        state, source = download(detector.weights), str(detector.weights)
+        state, source = download(detector.weights, option), str(detector.weights)
     network = detector.build(weights=None, weights_backbone=None, **{detector.threshold: score_threshold})
     try:
         keys = network.load_state_dict(state, strict=False)
@@ -394,8 +395,8 @@ def build_detector(name: str, weights: str | None, score_threshold: float) -> nn
     return network.eval()
 
 
-def download(weights: WeightsEnum) -> dict[str, Any]:
-    """The state dict of torchvision's weights, from torch's cache where they are in it. Raises UserError."""
+def download(weights: WeightsEnum, option: str) -> dict[str, Any]:
+    """The state dict of torchvision's weights, from torch's cache where they are in it. Raises UserError, naming `option`."""
     waits = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
@@ -408,7 +409,7 @@ def download(weights: WeightsEnum) -> dict[str, Any]:
         cache = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
         raise UserError(
             f"{weights}: cannot be fetched or read ({reason}); fetch {weights.url} on a machine with internet access, "
-            f"and give it as --weights or put it at {cache}, in place of a damaged one"
+            f"and give it as {option} or put it at {cache}, in place of a damaged one"
         ) from error
     finally:
         socket.setdefaulttimeout(waits)

@@ -13,6 +13,8 @@ from .keypoints import Skeleton
 # RGB. Orange against blue stays apart for colour-blind readers, and both stand out on skin, grass and sky.
 FIRST_SIDE, SECOND_SIDE, MIDLINE = (255, 128, 0), (0, 114, 255), (60, 220, 90)
 OUTLINE = (20, 20, 20)
+CLEAR = 0.14
+"""Around the highest joint, what a label keeps free for the head, of the person's size."""
 FAINTEST = 1 / 3
 """Opacity of a joint that is drawn at a score of 0."""
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -57,7 +59,8 @@ def draw_poses(
     cover it.
 
     With `confidence` a joint is as opaque as its score says, from a third at 0 to fully at 1, and a limb as the less
-    certain of its joints. `pose_scores` `[N]` are written above the poses.
+    certain of its joints. `pose_scores` `[N]` are written above the poses, or beside them where joints, limbs or
+    another's label are in the way; not those of persons so small that the text would be over a quarter as high.
     """
     canvas = np.ascontiguousarray(image).copy()
     colours = _joint_colours(skeleton)
@@ -80,8 +83,12 @@ def draw_poses(
         else:
             _paint(canvas, strokes, dots, thickness)
     if pose_scores is not None:
-        for person in order:
-            _label(canvas, keypoints[person][drawn[person]], f"{pose_scores[person]:.2f}")
+        _label(
+            canvas,
+            [keypoints[person][drawn[person]] for person in reversed(order)],
+            [f"{pose_scores[person]:.2f}" for person in reversed(order)],
+            _occupied(keypoints, drawn, limbs, canvas.shape[:2]),
+        )
     return canvas
 
 
@@ -127,19 +134,84 @@ def _blend(canvas: np.ndarray, strokes: Sequence[Stroke], dots: Sequence[Dot], t
     window[:] = cv2.blendLinear(layer, np.ascontiguousarray(window), opaque, 1 - opaque)
 
 
-def _label(canvas: np.ndarray, points: np.ndarray, text: str) -> None:
-    """Write over the highest of the joints `[J, 2]`, in the picture, as large as the person is but legible."""
-    height, width = canvas.shape[:2]
+def _occupied(
+    keypoints: np.ndarray, drawn: np.ndarray, limbs: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> np.ndarray:
+    """How much a label would hide at each pixel of a picture of (height, width): `[H, W]` uint8.
+
+    A head most, then joints, limbs, and what the joints enclose. keypoints: `[N, K, 2]`, drawn: `[N, K]`.
+    """
+    cover = np.zeros(size, np.uint8)
+    persons = [person for person in range(len(keypoints)) if drawn[person].any()]
+    fixed = [_fixed_point(points, size) for points in keypoints]
+    shown = [keypoints[person][drawn[person]] for person in persons]
+    for person in persons:
+        ends = np.array([point for point, there in zip(fixed[person], drawn[person], strict=True) if there], np.int32)
+        cv2.fillConvexPoly(cover, cv2.convexHull(ends), 30, cv2.LINE_8, _SUBPIXEL_BITS)
+    for person, points in zip(persons, shown, strict=True):
+        for first, second in limbs:
+            if drawn[person][first] and drawn[person][second]:
+                ends = (fixed[person][first], fixed[person][second])
+                cv2.line(cover, *ends, 120, _thickness(points) + 2, cv2.LINE_8, _SUBPIXEL_BITS)
+    for person, points in zip(persons, shown, strict=True):
+        radius = (_thickness(points) + 2) << _SUBPIXEL_BITS
+        for joint in np.flatnonzero(drawn[person]):
+            cv2.circle(cover, fixed[person][joint], radius, 200, -1, cv2.LINE_8, _SUBPIXEL_BITS)
+    for points in shown:
+        centre = _fixed_point(points[points[:, 1].argmin()][None], size)[0]
+        radius = round(CLEAR * _extent(points, size) * (1 << _SUBPIXEL_BITS))
+        cv2.circle(cover, centre, radius, 255, -1, cv2.LINE_8, _SUBPIXEL_BITS)
+    return cover
+
+
+def _extent(points: np.ndarray, size: tuple[int, int]) -> float:
+    """The longer side of what joints `[J, 2]` span, pixels; at most twice that of the picture of (height, width)."""
+    return min(float(np.ptp(points, axis=0).max()), 2.0 * max(size))
+
+
+def _label(canvas: np.ndarray, poses: Sequence[np.ndarray], texts: Sequence[str], occupied: np.ndarray) -> None:
+    """Write a text at each pose's joints `[J, 2]`, in the picture, as large as the person is but legible.
+
+    occupied: `[H, W]` as `_occupied`, to which the labels are added; the first pose has the first choice of places.
+    """
+    size = height, width = occupied.shape
+    for points, text in zip(poses, texts, strict=True):
+        extent = _extent(points, size)
+        # With its border the text is 33 pixels high at a scale of 1.
+        scale = min(max(float(np.clip(extent / 700, 0.35, 0.7)), max(size) / 3000), extent / 4 / 33)
+        (text_width, text_height), _ = cv2.getTextSize(text, FONT, scale, 1)
+        border = 2 + text_height // 8
+        wide, high = text_width + 2 * border, text_height + 2 * border
+        if scale < 0.35 or wide > width or high > height:
+            continue
+        best, lowest = (0, 0), np.inf
+        for number, centre in enumerate(_places(points, wide, high, CLEAR * extent + 2)):
+            left = int(np.clip(centre[0] - wide / 2, 0, width - wide))
+            top = int(np.clip(centre[1] - high / 2, 0, height - high))
+            # Nearer places are tried first, and preferred where they hide a little more.
+            cost = occupied[top : top + high, left : left + wide].mean() + number
+            if cost < lowest:
+                best, lowest = (left, top), cost
+        left, top = best
+        occupied[top : top + high, left : left + wide] = 255
+        cv2.rectangle(canvas, best, (left + wide - 1, top + high - 1), OUTLINE, -1)
+        foot = top + border + text_height
+        cv2.putText(canvas, text, (left + border, foot), FONT, scale, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def _places(points: np.ndarray, wide: float, high: float, clear: float) -> list[tuple[float, float]]:
+    """Centres for a label of `wide` x `high` pixels, the best first: over the head, around it, around the person."""
     x, y = points[points[:, 1].argmin()]
-    scale = max(float(np.clip(np.ptp(points, axis=0).max() / 600, 0.35, 0.8)), max(height, width) / 3000)
-    (text_width, text_height), _ = cv2.getTextSize(text, FONT, scale, 1)
-    border = 2 + text_height // 4
-    left = int(np.clip(x - text_width / 2, border, max(border, width - text_width - border)))
-    top = text_height + border
-    foot = int(np.clip(y - 3 * _thickness(points) - 6, top, max(top, height - border)))
-    corner, opposite = (left - border, foot - text_height - border), (left + text_width + border, foot + border)
-    cv2.rectangle(canvas, corner, opposite, OUTLINE, -1)
-    cv2.putText(canvas, text, (left, foot), FONT, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    (low_x, low_y), (high_x, high_y) = points.min(0), points.max(0)
+    places = []
+    for reach in (clear, 1.5 * clear):
+        across, down = reach + wide / 2, reach + high / 2
+        places += [(x, y - down), (x + across, y - reach / 2), (x - across, y - reach / 2)]
+        places += [(x + across, y - down), (x - across, y - down), (x + across, y + down), (x - across, y + down)]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        level = low_y + share * (high_y - low_y)
+        places += [(high_x + clear / 2 + wide / 2, level), (low_x - clear / 2 - wide / 2, level)]
+    return [*places, ((low_x + high_x) / 2, high_y + clear / 2 + high / 2)]
 
 
 def _joint_colours(skeleton: Skeleton) -> list[tuple[int, int, int]]:

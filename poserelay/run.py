@@ -24,6 +24,8 @@ import yaml
 from .errors import CheckFailed, Interrupted, UserError
 
 # Fields that change neither the result nor the identity of a run.
+IN_THE_WAY = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""What more room on the disk does not mend."""
 UNCOMPARED = (
     "run_dir",
     "resume",
@@ -56,9 +58,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        remedy = "name another place" if isinstance(error, IN_THE_WAY) else "make room if the disk is full"
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}; what was there before is intact, make room if the "
-            "disk is full"
+            f"{path}: cannot be written: {error.strerror or error}; what was there before is intact, {remedy}"
         ) from error
 
 

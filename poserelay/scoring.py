@@ -301,9 +301,11 @@ def check_results(
             if not isinstance(numbers, list) or len(numbers) != lengths[field]:
                 found = f"{len(numbers)} numbers" if isinstance(numbers, list) else repr(numbers)
                 raise UserError(f"{where}: {field} has {found}, expected a list of {lengths[field]}")
-            wrong = next((number for number in numbers if not _is_finite_number(number)), None)
-            if wrong is not None:
-                raise UserError(f"{where}: {field} holds {wrong!r}, expected finite numbers")
+            wrong = [number for number in numbers if not _is_finite_number(number)]
+            if wrong:
+                shown = repr(wrong[0])
+                shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+                raise UserError(f"{where}: {field} holds {shown}, expected finite numbers")
 
 
 def beyond_best(results: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -448,7 +450,7 @@ def oks_metrics(
     `crowd_levels`: one of CROWD_LEVELS. Raises UserError as `evaluate_oks`.
     """
     data = read_parsed(annotations)
-    details = {"oks_area": oks_area(data), "poses_per_image": POSES_PER_IMAGE}
+    details = {"oks_area": oks_area(data), "poses_per_image": POSES_PER_IMAGE, **_instances_of_oks(data)}
     if not has_crowd_index(data):
         carrying = sum(_is_finite_number(image.get("crowdIndex")) for image in data["images"])
         if carrying:
@@ -458,6 +460,8 @@ def oks_metrics(
             metrics |= ochuman_ap(data, of_ranges or dict.fromkeys(IOU_RANGES, results), skeleton, source)
             whose = "of its persons alone" if of_ranges else "of the image, also on persons outside the range"
             details["iou_ranges"] = f"moderate [0.5, 0.75) and hard [0.75, 1], poses {whose}"
+        elif carrying := sum(_is_finite_number(each.get("max_iou")) for each in data["annotations"]):
+            details["iou_ranges"] = f"not scored: max_iou on {carrying} of {len(data['annotations'])} persons"
         return metrics, details
     medium, hard = CROWD_LEVELS[crowd_levels]
     named = f"{crowd_levels} (easy < {medium} <= medium < {hard} <= hard)"
@@ -806,6 +810,14 @@ def _are_valid(results: Sequence[Any], known: set[Any], category_id: int, joints
         )
     except (KeyError, TypeError, OverflowError):
         return False
+
+
+def _instances_of_oks(data: Mapping[str, Any]) -> dict[str, int]:
+    """How many persons AP is taken over, where a num_keypoints of 0 leaves some with labels out, as CrowdPose's do."""
+    persons = [each for each in data["annotations"] if not each.get("iscrowd")]
+    with_labels = sum(any(v > 0 for v in (each.get("keypoints") or ())[2::3]) for each in persons)
+    counted = sum(_labelled(each) > 0 for each in persons)
+    return {} if counted == with_labels else {"oks_instances": counted}
 
 
 def _is_finite_number(value: object) -> bool:

@@ -97,9 +97,7 @@ def decode_views(
     grid = pixel_grid(height, width, own.device).to(exact) * stride
     places = apply(invert(views[base].affine), grid[None])  # image pixels of the map's pixels
     scores = [
-        own
-        if number == base
-        else at(apply(view.affine, places) / stride, confidence).unflatten(1, (height, width))
+        own if number == base else at(apply(view.affine, places) / stride, confidence).unflatten(1, (height, width))
         for number, (view, confidence) in enumerate(zip(views, confidences, strict=True))
     ]
     mean = torch.stack(scores).mean(0)

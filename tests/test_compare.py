@@ -257,6 +257,24 @@ def test_two_paths_before_the_flags_are_a_and_b(files: dict[str, Any], capsys: p
 
 
 @pytest.mark.parametrize("metric", ["oks", "pck"])
+def test_a_single_image_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str) -> None:
+    rng = np.random.default_rng(0)
+    joints = persons(rng, 3)
+    truth = write(tmp_path / "truth.json", truth_of(joints, [0, 0, 0], [0]))
+    sides = [
+        write(tmp_path / name, poses_of(moved(rng, joints, pixels), [0, 0, 0], np.array([0.5, 0.6, 0.7])))
+        for name, pixels in (("a.json", 1), ("b.json", 15))
+    ]
+    arguments = ["compare", "--annotations", truth, *sides, "--metric", metric]
+    assert main(arguments) == 0
+    assert "A single image: nothing can be drawn anew" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert [metrics[name] for name in ("difference low", "difference high", "p", "smallest difference")] == [None] * 4
+    assert metrics["difference"] > 0
+
+
+@pytest.mark.parametrize("metric", ["oks", "pck"])
 def test_a_skeleton_of_fewer_joints_compares_those(
     files: dict[str, Any], capsys: pytest.CaptureFixture[str], metric: str
 ) -> None:

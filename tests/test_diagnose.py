@@ -426,6 +426,9 @@ def test_calibration_by_hand(tmp_path: Path) -> None:
     assert its["bins"][6] == pytest.approx({"low": 0.6, "high": 0.7, "poses": 2, "score": 0.65, "oks": 0.25})
     assert its["error"] == pytest.approx(2 / 3 * 0.4)
     assert its["spearman"] == pytest.approx(0.5)  # 1 - 6 (0 + 1 + 1) / (3 (9 - 1))
+    # Tenths begin the bin that they name, also those that binary fractions miss.
+    tenths = diagnose(file, result_list(poses, [0] * 3, [0.3, 0.6, 0.7]), ANIMAL)["calibration"]["bins"]
+    assert [found["poses"] for found in tenths] == [0, 0, 0, 1, 0, 0, 1, 1, 0, 0]
     wide = diagnose(file, result_list(poses, [0] * 3, [30, 10, 20]), ANIMAL)["calibration"]
     assert (wide["bins"][0]["low"], wide["bins"][-1]["high"], wide["error"]) == (10, 30, None)
     assert sum(found["poses"] for found in wide["bins"]) == 3
@@ -557,6 +560,18 @@ def test_command_of_a_skeleton_without_sigmas(tmp_path: Path, capsys: pytest.Cap
     assert text.rstrip() == format_diagnosis(printed)
     assert f"AP {printed['metrics']['AP']:.4f}" in text
     assert len(text.splitlines()) < 60
+
+
+def test_without_mirror_pairs_nothing_is_inverted_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, results = crowd(0)
+    data["categories"][0]["keypoints"] = list("abcdef")
+    assert main(write_files(tmp_path, data, results)) == 0
+    captured = capsys.readouterr()
+    assert "has no mirror pairs: no joint can be inverted" in captured.err
+    (row,) = [line for line in captured.out.splitlines() if line.startswith("a ")]
+    assert row.split()[3] == "-"
 
 
 def test_no_predictions_leave_everything_unmeasured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,8 @@ CHANGES: list[tuple[dict[str, Any], bool]] = [
     ({"keypoints": [1.0] * 8}, False),
     ({"keypoints": [*THREE[:8], True]}, False),
     ({"keypoints": [*THREE[:8], math.inf]}, False),
+    ({"keypoints": [None, *THREE[1:]]}, False),
+    ({"bbox": [1, None, 3, 4]}, False),
     ({"keypoints": (1.0,) * 9}, False),
     ({"bbox": [1, 2, 3]}, False),
     ({"bbox": [1, 2, 3, 4]}, True),
@@ -266,6 +268,7 @@ def files(tmp_path: Path, truth: dict[str, Any], results: list[Any]) -> list[str
         ([pose(0, THREE), {"image_id": 0, "category_id": 7, "keypoints": THREE}], "record 1: has no score"),
         ([pose(0, THREE, math.nan)], "record 0: score is nan, expected a finite number"),
         ([pose(0, [math.nan, *THREE[1:]])], "record 0: keypoints holds nan, expected finite numbers"),
+        ([pose(0, [None, *THREE[1:]])], "record 0: keypoints holds None, expected finite numbers"),
         ([pose(0, THREE[:6])], "record 0: keypoints has 6 numbers, expected a list of 9"),
         ({"annotations": []}, "expected a list of results, found dict"),
     ],
@@ -283,6 +286,15 @@ def test_results_that_cannot_be_scored_end_with_exit_2(
 def test_annotations_with_one_id_twice_end_with_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(files(tmp_path, coco_file(person(1, 0, THREE), person(1, 1, THREE)), [])) == 2
     assert "val.json: annotation 1: field id: 1 appears twice; ids must be unique" in capsys.readouterr().err
+
+
+def test_persons_whom_ap_leaves_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CrowdPose's num_keypoints is 0 where only head and neck are labelled."""
+    left_out = {**person(2, 1, THREE), "num_keypoints": 0}
+    arguments = files(tmp_path, coco_file(person(1, 0, THREE), left_out), [pose(0, THREE)])
+    assert main([*arguments, "--json"]) == 0
+    protocol = json.loads(capsys.readouterr().out)["protocol"]
+    assert (protocol["instances"], protocol["oks_instances"]) == (2, 1)
 
 
 def test_what_makes_an_ap_hard_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +319,9 @@ def test_what_makes_an_ap_hard_to_compare_is_said(tmp_path: Path, capsys: pytest
     arguments = files(tmp_path, coco_file(person(1, 0, THREE)), results[1:20])
     assert main([*arguments, "--skeleton", str(yaml)]) == 0
     assert capsys.readouterr().err == ""
+    flat = {**person(2, 1, THREE), "area": 0}
+    assert main([*files(tmp_path, coco_file(person(1, 0, THREE), flat), results[1:20]), "--skeleton", str(yaml)]) == 0
+    assert "val.json: 1 labelled persons have an area of 0" in capsys.readouterr().err
     assert main([*files(tmp_path, coco_file(bare), results), "--metric", "pck"]) == 0  # no AP, nothing to say of it
     assert [line.split(": ")[2][:20] for line in capsys.readouterr().err.splitlines()] == ["records that say the"]
 
