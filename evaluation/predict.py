@@ -190,8 +190,8 @@ class Video:
         beyond = [frame for frame in self.persons or {} if frame >= self._asked]
         if self.persons and beyond:
             print(
-                f"{sum(len(self.persons[frame].boxes) for frame in beyond)} boxes belong to no frame of {self.path}, which "
-                f"has {self._asked}, counted from 0",
+                f"{sum(len(self.persons[frame].boxes) for frame in beyond)} boxes belong to no frame of {self.path}, "
+                f"which has {self._asked}, counted from 0",
                 file=sys.stderr,
             )
         if self._writer is not None:
@@ -442,8 +442,8 @@ def check_scores(config: PredictConfig, scores: Sequence[float]) -> None:
     """Raise UserError where the threshold leaves none of the boxes."""
     if max(scores) < _threshold(config):
         raise UserError(
-            f"{config.boxes}: no box is left: of {len(scores)} the best is scored {max(scores):g}, below --box_threshold "
-            f"{_threshold(config):g}; lower it"
+            f"{config.boxes}: no box is left: of {len(scores)} the best is scored {max(scores):g}, below "
+            f"--box_threshold {_threshold(config):g}; lower it"
         )
 
 

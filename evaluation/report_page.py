@@ -41,6 +41,8 @@ LONG = 28
 """Letters of a cell from which on it is given room."""
 WIDE = 9
 """Columns of a table; of more the headings are turned in print."""
+COLUMNS = 6
+"""Of a table of differences; more go to another one below it, so that all are legible in print."""
 OPEN = 4
 """Evaluations whose details are unfolded; of more they are folded."""
 
@@ -120,14 +122,11 @@ def gather(
         key = (entry.measured.source, comparable(entry.measured.protocol))
         protocols.setdefault(key, entry.measured.protocol)
         place = list(protocols).index(key) + 1
-        name = entry.measured.name if len(entry.record.measured) > 1 else ""
-        grouped.setdefault((entry.record.group, name, place), []).append(entry)
+        grouped.setdefault((entry.record.group, entry.measured.name, place), []).append(entry)
     rows: list[Row] = []
     for (_, name, place), members in grouped.items():
         title = members[0].record.title + (f": {name}" if name else "")
         taken = [row.title for row in rows]
-        if len(members) == 1 and title != members[0].name and any(len(its) > 1 for its in grouped.values()):
-            title = members[0].name if members[0].record.title == members[0].record.name else title
         style = styles[members[0].record.title] if not name else styles.setdefault(title, len(styles))
         if title in taken:
             title = f"{title} (protocol {place})"
@@ -204,7 +203,8 @@ def lead(report: Report) -> str:
     states = [record.state for record in report.records]
     counts = {
         "finished": states.count("done"),
-        "unfinished": sum(state not in ("done", "evaluation alone") for state in states),
+        "unfinished": sum(state not in ("done", "evaluation alone", "unknown") for state in states),
+        "in a state that is not known": states.count("unknown"),
         "known by an evaluation alone": states.count("evaluation alone"),
     }
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -218,7 +218,10 @@ def lead(report: Report) -> str:
             + (f", by protocol {row.protocol})" if several else ")")
             for row in best
         ]
-        sentences.append(f"{'Best ' if len(report.rows) > len(best) else ''}{metric}: {'; '.join(parts)}.")
+        # Where all are alike none is best.
+        sentences += (
+            [f"{'Best ' if len(report.rows) > len(best) else ''}{metric}: {'; '.join(parts)}."] if parts else []
+        )
     return f"<p>{escape(' '.join(sentences))}</p>"
 
 
@@ -240,7 +243,10 @@ def runs_section(report: Report) -> str:
     rows = []
     for record in report.records:
         loss = record.curves.get("loss")
-        steps = "-" if record.steps is None else f"{record.steps[0]:,} of {record.steps[1]:,}"
+        steps = "-"
+        if record.steps is not None:
+            made, planned = record.steps
+            steps = f"{made:,} of {'-' if planned is None else f'{planned:,}'}"
         cells = [record.stage, method_of(record.config), backbone_of(record.config), input_of(record.config)]
         cells += [origin_of(record.config), labels_of(record.config), shown(record.config.get("seed"))]
         cells += [steps, "-" if loss is None else f"{loss.values[-1]:.4g}"]
@@ -496,23 +502,38 @@ def differences_section(report: Report) -> str:
         if not fields:
             blocks.append(f"{heading}<p>Their configurations are the same.</p>")
             continue
-        cells = [[shown(record.config.get(name, ABSENT)) for name in fields] for record in its]
         if len(its) > len(fields):
-            drawn = table(
-                ["run", *fields],
-                [[r.name, *line] for r, line in zip(its, cells, strict=True)],
-                caption=f"{stage}: fields",
-            )
+            cells = [[shown(record.config.get(name, ABSENT)) for record in its] for name in fields]
+            columns, names, first = [*zip(fields, cells, strict=True)], [record.name for record in its], "run"
         else:
-            lines = [[name, *column] for name, column in zip(fields, zip(*cells, strict=True), strict=True)]
-            drawn = table(["field", *(record.name for record in its)], lines, caption=f"{stage}: fields")
-        blocks.append(heading + drawn)
+            columns, names, first = pooled(its, fields), fields, "field"
+        count = math.ceil(len(columns) / COLUMNS)
+        width = math.ceil(len(columns) / count)
+        for place in range(count):
+            part = columns[place * width : (place + 1) * width]
+            which = f" ({place + 1} of {count})" if count > 1 else ""
+            lines = [list(line) for line in zip(names, *(column for _, column in part), strict=True)]
+            heading += table([first, *(name for name, _ in part)], lines, caption=f"{stage}: fields{which}")
+        blocks.append(heading)
     if not blocks:
         return ""
     return (
         "<p>Of each stage the fields that differ; where a run writes and how many workers it has are left out.</p>"
         + ("".join(blocks))
     )
+
+
+def pooled(records: Sequence[RunRecord], fields: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """A column for each group of runs: its title, and of each field the values that its seeds have, each once."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record)
+    columns = []
+    for its in groups.values():
+        values = [dict.fromkeys(shown(record.config.get(name, ABSENT)) for record in its) for name in fields]
+        title = its[0].name if len(its) == 1 else f"{its[0].title} ({len(its)} runs)"
+        columns.append((title, [", ".join(found) for found in values]))
+    return columns
 
 
 def made_section(report: Report) -> str:
@@ -523,6 +544,7 @@ def made_section(report: Report) -> str:
     for record in report.records:
         made = record.made
         command = f"python -m {record.stage} --config {record.path}/config.yaml" if record.folder else record.path
+        command = "-" if record.folder and not record.config else command
         date = "-" if record.date is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.date))
         commit = made.get("git_commit")
         short = f"{commit[:12]}{'+' if commit.endswith('+') else ''}" if isinstance(commit, str) else "-"
@@ -550,7 +572,8 @@ def table(
     """A table in a box of its own that scrolls; `safe`: cells are HTML already; `numbers`: columns from here on are."""
     align = ["" if numbers is None or place < numbers else ' class="num"' for place in range(len(head))]
     wide = ' class="wide"' if len(head) > WIDE else ""
-    top = "".join(f'<th scope="col"{kind}>{breakable(name)}</th>' for name, kind in zip(head, align, strict=True))
+    kinds = [' class="long"' if len(name) > LONG and not kind else kind for name, kind in zip(head, align, strict=True)]
+    top = "".join(f'<th scope="col"{kind}>{breakable(name)}</th>' for name, kind in zip(head, kinds, strict=True))
     body = []
     for place, row in enumerate(rows):
         cells = row if safe else [breakable(text) for text in row]

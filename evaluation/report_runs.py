@@ -22,6 +22,12 @@ NOT_METRICS = ("kind", "step", "attempt", "epoch", "seconds")
 """Of the rows of metrics.jsonl."""
 UNCOMPARABLE_NOT = ("baseline",)
 """Fields of a protocol that the metrics of a model do not depend on."""
+RUN_FILES = ("config.yaml", "status.json", "done.json", "metrics.jsonl")
+"""Any of them makes a folder a run directory."""
+POSE_STAGES = ("finetune", "semi")
+"""How the stages begin whose runs predict poses."""
+EVALUATION_FILES = ("metrics.json", "diagnosis.json", "predictions.json")
+"""Any of them makes a folder that of an evaluation."""
 
 
 class Series(NamedTuple):
@@ -46,6 +52,8 @@ class Measured:
     protocol: dict[str, Any]
     joints: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """Joint to its `joint_accuracy.joint_means`."""
+    made_by: tuple[str, str] = ("", "")
+    """Stage of the launch that made it, or else its folder, and what was swept in it alone, without seeds."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,9 @@ class RunRecord:
     """The run directory; None of an evaluation alone."""
     stage: str
     state: str
-    """done, unfinished (and why), or evaluation alone."""
-    steps: tuple[int, int] | None
-    """Made and planned."""
+    """done, unfinished (and why), not started, unknown, or evaluation alone."""
+    steps: tuple[int, int | None] | None
+    """Made and planned; None where that is not known."""
     date: float | None
     """Of its last sign of life, seconds since 1970."""
     config: dict[str, Any]
@@ -120,7 +128,7 @@ def read_runs(paths: Sequence[str]) -> list[RunRecord]:
     folders = [place.folder or place.evaluations[0] for place in places.values()]
     names = unique_names(folders, [place.job.count("/") + 1 if place.job else 1 for place in places.values()])
     records = [_read(place, name) for place, name in zip(places.values(), names, strict=True)]
-    return _titled(_without_repeats(records))
+    return _titled(_named(_without_repeats(records)))
 
 
 def unique_names(folders: Sequence[Path], least: Sequence[int]) -> list[str]:
@@ -187,19 +195,21 @@ def _places(given: str, launches: _Launches) -> list[_Place]:
         path = path.parent
     if not path.is_dir():
         raise UserError(f"{given}: no such folder; give a run directory, the folder of an evaluation, or a launch's")
-    if (path / "launch" / "plan.json").exists():
+    if os.path.exists(path / "launch" / "plan.json"):
         launch = _read_launch(path, launches)
         if launch is None:
             raise UserError(f"{path / 'launch' / 'plan.json'}: not the plan of a launch; name its runs instead")
         return _places_of_launch(launch, given)
-    if (path / "config.yaml").exists():
+    evaluated = _holds(path, EVALUATION_FILES)
+    # Of a folder that nobody may look into the page tells just that.
+    if os.path.exists(path / "config.yaml") or (_is_run(path) and not evaluated) or not os.access(path, os.X_OK):
         return [_place_of_run(path, given, launches)]
-    if not any((path / name).exists() for name in ("metrics.json", "diagnosis.json", "predictions.json")):
+    if not evaluated:
         raise UserError(
             f"{given}: holds no config.yaml, metrics.json or launch/plan.json; give a run directory, the folder of an "
             "evaluation, or a launch's"
         )
-    if path.name == "evaluation" and (path.parent / "config.yaml").exists():
+    if path.name == "evaluation" and _holds(path.parent, RUN_FILES):
         return [_place_of_run(path.parent, _as_given(path.parent, given), launches)]
     launch, job = _launch_of(path, launches)
     if launch and job in launch.evaluated:
@@ -208,13 +218,23 @@ def _places(given: str, launches: _Launches) -> list[_Place]:
     return [_Place(None, (path,), given, launch, job)]
 
 
+def _holds(folder: Path, names: Sequence[str]) -> bool:
+    """Whether there is one of these files; unlike Path.exists, os.path.exists raises nothing."""
+    return any(os.path.exists(folder / name) for name in names)
+
+
+def _is_run(folder: Path) -> bool:
+    """Even one without its configuration."""
+    return _holds(folder, RUN_FILES) or _holds(folder / "evaluation", EVALUATION_FILES)
+
+
 def _as_given(path: Path, given: str) -> str:
     """A path related to a given one, absolute or relative as that one is."""
     return str(path) if os.path.isabs(given) else os.path.relpath(path)
 
 
 def _place_of_run(folder: Path, given: str, launches: _Launches) -> _Place:
-    own = (folder / "evaluation",) if (folder / "evaluation").is_dir() else ()
+    own = (folder / "evaluation",) if os.path.isdir(folder / "evaluation") else ()
     launch, job = _launch_of(folder, launches)
     its = [name for name, run in launch.evaluated.items() if run == job] if launch else []
     return _Place(folder, own + tuple(launch.root / name for name in its if launch), given, launch, job)
@@ -222,12 +242,12 @@ def _place_of_run(folder: Path, given: str, launches: _Launches) -> _Place:
 
 def _places_of_launch(launch: _Launch, given: str) -> list[_Place]:
     """Every run of it that has begun, then its evaluations of something else."""
-    runs = [name for name in launch.jobs if (launch.root / name / "config.yaml").exists()]
+    runs = [name for name, job in launch.jobs.items() if _trains(job) and _is_run(launch.root / name)]
     known: _Launches = {launch.root: launch}
     places = [_place_of_run(launch.root / name, f"{given.rstrip('/')}/{name}", known) for name in runs]
     taken = {folder for place in places for folder in place.evaluations}
     others = [name for name, job in launch.jobs.items() if job.get("command") == "evaluation test"]
-    folders = [(name, launch.root / name) for name in others if (launch.root / name / "metrics.json").exists()]
+    folders = [(name, launch.root / name) for name in others if _holds(launch.root / name, ["metrics.json"])]
     places += [
         _Place(None, (folder,), f"{given.rstrip('/')}/{name}", launch, name)
         for name, folder in folders
@@ -253,20 +273,24 @@ def _launch_of(folder: Path, launches: _Launches) -> tuple[_Launch | None, str |
     """The launch that made a folder, STAGE or STAGE/ELEMENT of it, and the job's name."""
     for root in folder.parents[:2]:
         name = folder.relative_to(root).as_posix()
-        launch = _read_launch(root, launches) if (root / "launch" / "plan.json").exists() else None
+        launch = _read_launch(root, launches) if _holds(root / "launch", ["plan.json"]) else None
         if launch and name in launch.jobs:
             return launch, name
     return None, None
+
+
+def _trains(job: Mapping[str, Any]) -> bool:
+    return not str(job.get("command")).startswith("evaluation ")
 
 
 def _evaluated_by(root: Path, jobs: Mapping[str, Mapping[str, Any]], name: str) -> str | None:
     """The one run whose hand-off file a job took, as its configuration says; None where it took several or none."""
     if jobs[name].get("command") != "evaluation test":
         return None
-    waits = [str(other) for other in jobs[name].get("upstream") or [] if (root / str(other) / "config.yaml").exists()]
+    waits = [str(other) for other in jobs[name].get("upstream") or [] if _is_run(root / str(other))]
     try:
         checkpoint = read_config(root / "launch" / "jobs" / name)["checkpoint"]
-    except (UserError, KeyError):
+    except (UserError, KeyError, ValueError):
         return waits[0] if len(waits) == 1 else None
     file = Path(checkpoint if isinstance(checkpoint, str) else "")
     return next((other for other in waits if file.is_relative_to(str(jobs[other]["folder"]))), None)
@@ -280,7 +304,9 @@ def _read(place: _Place, name: str) -> RunRecord:
             return read()
         except UserError as error:
             problems.append(f"{what}: {error}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except OSError as error:
+            problems.append(f"{what}: cannot be read ({error.strerror})")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             problems.append(f"{what}: damaged ({reason(error)})")
         return otherwise
 
@@ -289,27 +315,34 @@ def _read(place: _Place, name: str) -> RunRecord:
     status: dict[str, Any] = {}
     config: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    if folder is not None:
-        config = attempt("config.yaml", lambda: read_config(folder), {})
+    if folder is not None and not os.access(folder, os.X_OK):
+        problems.append("the folder cannot be read (Permission denied)")
+    elif folder is not None:
+        if os.path.exists(folder / "config.yaml"):
+            config = attempt("config.yaml", lambda: read_config(folder), {})
+            problems += [] if config or problems else ["config.yaml: holds nothing"]
+        else:
+            problems.append("config.yaml: missing; what the run was made with is not known")
         rows = attempt("metrics.jsonl", lambda: read_metrics(folder / "metrics.jsonl"), [])
         for file, content in (("done.json", done), ("status.json", status)):
-            if (folder / file).exists():
+            if os.path.exists(folder / file):
                 content |= attempt(file, lambda file=file: read_object(folder / file), {})
+        problems += _losses(folder, done, status, rows, problems)
     measured = []
     for evaluation in place.evaluations:
         where = f"{evaluation.name}/metrics.json" if folder and evaluation.parent == folder else f"{evaluation}"
-        if not (evaluation / "metrics.json").exists():
+        if not os.path.exists(evaluation / "metrics.json"):
             problems.append(f"{where}: not measured yet; `python -m evaluation test --out {evaluation}` writes it")
             continue
         found = attempt(where, lambda evaluation=evaluation: _read_evaluation(evaluation), None)
-        measured += [] if found is None else [found]
-    if len(measured) > 1:
-        names = unique_names([one.folder for one in measured if one.folder], [1] * len(measured))
-        measured = [replace(one, name=its) for one, its in zip(measured, names, strict=True)]
+        measured += [] if found is None else [replace(found, made_by=_made_by(place, evaluation))]
     if not place.evaluations and done.get("metrics"):
         found = attempt("done.json", lambda: _own_validation(done), None)
         measured += [] if found is None else [found]
     group, title, long_title = _group(place, config, name)
+    stage, state = _stage(folder, done, status) if folder else "evaluation", _state(folder, done, status, config, rows)
+    if state == "done" and stage.partition(" ")[0] in POSE_STAGES and not (measured or place.evaluations):
+        problems.append("not evaluated: no evaluation of it is known here; `python -m evaluation test` makes one")
     started = next((row for row in rows if row.get("kind") == "start"), {})
     made = {key: done[key] for key in ("versions", "git_commit", "attempts", "threads", "seconds") if key in done}
     made.setdefault("versions", started.get("versions"))
@@ -317,8 +350,8 @@ def _read(place: _Place, name: str) -> RunRecord:
         name=name,
         path=place.path,
         folder=folder,
-        stage=_stage(folder, done, status) if folder else "evaluation",
-        state=_state(folder, done, status, config, rows),
+        stage=stage,
+        state=state,
         steps=_steps(status, rows),
         date=_number(status.get("heartbeat")),
         config=dict(flat(config)),
@@ -330,6 +363,44 @@ def _read(place: _Place, name: str) -> RunRecord:
         title=title,
         long_title=long_title,
     )
+
+
+def _losses(
+    folder: Path,
+    done: Mapping[str, Any],
+    status: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    told: Sequence[str],
+) -> list[str]:
+    """What a run must have left and has not, but for what is `told` already."""
+    ended = bool(done) or status.get("state") == "done"
+    logged = os.path.exists(folder / "metrics.jsonl")
+    lost: dict[str, str] = {}
+    if not rows and (ended or (logged and os.path.getsize(folder / "metrics.jsonl"))):
+        lost["metrics.jsonl"] = "holds no row that can be read" if logged else "missing; there are no learning curves"
+    if ended and not done:
+        lost["done.json"] = "missing or empty, though status.json says done; whether the run has finished is not known"
+    if not status and (done or rows):
+        lost["status.json"] = "missing or empty; how many steps were planned is not known"
+    known = {problem.partition(":")[0] for problem in told}
+    return [f"{file}: {problem}" for file, problem in lost.items() if file not in known]
+
+
+def _made_by(place: _Place, evaluation: Path) -> tuple[str, str]:
+    """`Measured.made_by`, of a job of the launch that made the run what was not swept in the run as well."""
+    launch = place.launch
+    name = evaluation.relative_to(launch.root).as_posix() if launch and evaluation.is_relative_to(launch.root) else ""
+    if not launch or name not in launch.jobs:
+        return evaluation.name, ""
+    swept = _axes(launch.jobs[place.job]) if place.job else []
+    known = {(name, canonical(value)) for linked in swept for name, value in linked.items()}
+    own = [
+        _assigned(name, value)
+        for linked in _axes(launch.jobs[name])
+        for name, value in linked.items()
+        if name.rpartition(".")[2] != "seed" and (name, canonical(value)) not in known
+    ]
+    return str(launch.jobs[name].get("stage")), ", ".join(own)
 
 
 def _read_evaluation(folder: Path) -> Measured:
@@ -392,14 +463,16 @@ def _state(
     if not rows and not status:
         return "not started" if config else "unknown"
     state, reason = str(status.get("state") or "unknown"), status.get("reason")
+    if state in ("done", "unknown"):  # done, but without the file that says so
+        return "unknown"
     return f"unfinished ({state})" if not reason else f"unfinished ({state}: {' '.join(str(reason).split())})"
 
 
-def _steps(status: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+def _steps(status: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[int, int | None] | None:
     made, total = _number(status.get("step")), _number(status.get("total"))
     logged = [step for row in rows if row.get("kind") == "train" and (step := _number(row.get("step"))) is not None]
     made = max([*logged, made or 0])
-    return (int(made), int(total or 0)) if logged or total else None
+    return (int(made), int(total) if total else None) if logged or total else None
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
@@ -453,7 +526,7 @@ def _without_seeds(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
         if name.rpartition(".")[2] == "seed":
             continue
         if isinstance(value, str) and Path(value).parts[-2:] == HAND_OFF.parts and depth < 5:
-            with contextlib.suppress(UserError):  # then it is known by its path
+            with contextlib.suppress(UserError, ValueError):  # then it is known by its path
                 value = [HAND_OFF.name, _without_seeds(read_config(Path(value).parent.parent), depth + 1)]
         kept[name] = value
     return kept
@@ -474,6 +547,30 @@ def _without_repeats(records: Sequence[RunRecord]) -> list[RunRecord]:
         seen[key] = seen.get(key, 0) + 1
         kept.append(record if seen[key] == 1 else replace(record, group=canonical([record.group, seen[key]])))
     return kept
+
+
+def _named(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Evaluations called by what made them, alike in all runs of a group, where a run has several or they differ."""
+    made: dict[str, list[list[tuple[str, str]]]] = {}
+    for record in records:
+        its = [measured.made_by for measured in record.measured if measured.folder is not None]
+        made.setdefault(record.group, []).append(its)
+    return [replace(record, measured=_called(record.measured, made[record.group])) for record in records]
+
+
+def _called(measured: Sequence[Measured], made: Sequence[Sequence[tuple[str, str]]]) -> list[Measured]:
+    """Of one run; made: by what the evaluations of each run of its group were made."""
+    stages = {stage for its in made for stage, _ in its}
+    swept = {axes for its in made for _, axes in its}
+    if len(swept) < 2 and all(len(its) < 2 for its in made):
+        return [*measured]
+    names = [
+        (axes or stage) if len(stages) < 2 else ", ".join(filter(None, (stage, axes)))
+        for stage, axes in (one.made_by for one in measured)
+    ]
+    if len({*names}) < len(names):  # seeds of the evaluation: they do not make another run
+        names = unique_names([one.folder for one in measured if one.folder], [1] * len(measured))
+    return [replace(one, name=its if one.folder else "") for one, its in zip(measured, names, strict=True)]
 
 
 def _titled(records: Sequence[RunRecord]) -> list[RunRecord]:

@@ -37,6 +37,7 @@ thead .num{white-space:normal}
 tr.member>*{color:#555;font-size:.94em}
 tr.member th{padding-left:1.5em;font-weight:400}
 td b{font-weight:700}
+.long{overflow-wrap:anywhere}
 td.long{min-width:15em}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1.2em 1.6em;
@@ -68,8 +69,9 @@ th,td{padding:.2em .35em;min-width:0}
 .wide{font-size:7pt}
 .wide thead .num{writing-mode:vertical-rl;writing-mode:sideways-lr;white-space:nowrap}
 .wide th,.wide td{padding:.2em .25em}
-tbody th{position:static;min-width:5em;max-width:none;overflow-wrap:break-word}
-td.long{min-width:9em}
+tbody th{position:static;min-width:5em;max-width:none}
+.long,td.long{min-width:9em}
+.wide .long{min-width:6em}
 thead th:first-child{position:static}
 .num{white-space:normal}
 .charts{grid-template-columns:1fr 1fr}

@@ -396,7 +396,10 @@ def build_detector(name: str, weights: str | None, score_threshold: float, optio
 
 
 def download(weights: WeightsEnum, option: str) -> dict[str, Any]:
-    """The state dict of torchvision's weights, from torch's cache where they are in it. Raises UserError, naming `option`."""
+    """The state dict of torchvision's weights, from torch's cache where they are in it.
+
+    Raises UserError, naming `option`.
+    """
     waits = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:

@@ -13,7 +13,7 @@ from .keypoints import Skeleton
 # RGB. Orange against blue stays apart for colour-blind readers, and both stand out on skin, grass and sky.
 FIRST_SIDE, SECOND_SIDE, MIDLINE = (255, 128, 0), (0, 114, 255), (60, 220, 90)
 OUTLINE = (20, 20, 20)
-CLEAR = 0.14
+CLEAR = 0.17
 """Around the highest joint, what a label keeps free for the head, of the person's size."""
 FAINTEST = 1 / 3
 """Opacity of a joint that is drawn at a score of 0."""
@@ -177,8 +177,8 @@ def _label(canvas: np.ndarray, poses: Sequence[np.ndarray], texts: Sequence[str]
     size = height, width = occupied.shape
     for points, text in zip(poses, texts, strict=True):
         extent = _extent(points, size)
-        # With its border the text is 33 pixels high at a scale of 1.
-        scale = min(max(float(np.clip(extent / 700, 0.35, 0.7)), max(size) / 3000), extent / 4 / 33)
+        # With its border the text is at most 37 pixels high at a scale of 1.
+        scale = min(max(float(np.clip(extent / 700, 0.35, 0.7)), max(size) / 3000), extent / 4 / 37)
         (text_width, text_height), _ = cv2.getTextSize(text, FONT, scale, 1)
         border = 2 + text_height // 8
         wide, high = text_width + 2 * border, text_height + 2 * border

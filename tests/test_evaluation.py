@@ -462,12 +462,26 @@ def test_predict_with_a_list_of_boxes(files: Path) -> None:
         ([{"file_name": "a.png", "bbox": [1, 2, 3, math.nan], "score": 1}], "record 0: bbox"),
         ([{"bbox": [1, 2, 3, 4], "score": 1}], "'file_name' is missing"),
         ({"images": []}, "'annotations' is missing"),
-        ([{"file_name": "absent.png", "bbox": [1, 2, 3, 4], "score": 1}], "no box .* for a picture of"),
+        ([{"file_name": "absent.png", "bbox": [1, 2, 3, 4], "score": 1}], "no box for a picture of"),
+        ([{"file_name": "a.png", "bbox": [1, 2, 3, 4], "score": 0.2}], r"of 1 the best is scored 0\.2, below"),
     ],
 )
 def test_boxes_that_cannot_be_used_are_named(files: Path, boxes: Any, message: str) -> None:
     with pytest.raises(UserError, match=r"boxes\.json: .*" + message):
-        predict.main(predict_config(files, boxes=str(write(files / "boxes.json", boxes))))
+        predict.main(predict_config(files, boxes=str(write(files / "boxes.json", boxes)), box_threshold=0.3))
+
+
+def test_boxes_of_no_picture_and_pictures_without_a_box_are_counted(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = [{"file_name": f"gone/{number}.png", "bbox": [1, 2, 3, 4], "score": 1} for number in range(2)]
+    boxes = [{"file_name": "a.png", "bbox": [10, 10, 40, 80], "score": 0.9}, *absent]
+    predict.main(predict_config(files, boxes=str(write(files / "boxes.json", boxes))))
+    told = capsys.readouterr().err
+    assert "2 of 3 boxes belong to no picture of" in told
+    assert "such as that of gone/0.png" in told
+    total = len(list((files / "images").iterdir()))
+    assert f"{total - 1} of {total} pictures are left out: they have no box" in told
 
 
 def test_one_picture_is_turned_upright_unless_boxes_refer_to_it(files: Path) -> None:

@@ -438,6 +438,10 @@ def test_the_curves_of_teachers_are_the_logged_ones(tmp_path: Path) -> None:
     assert np.allclose(line(precision, "mean AP", 0), [[30, 0.35]])
     gammas = [np.asarray(its.get_ydata())[0] for its in peaks.get_lines() if its.get_gid() == "gamma"]
     assert gammas == [0.75, 0.3]
+    for runs, taught in (([first, third], True), ([third], False)):
+        legend = teacher_figures.draw_teacher(runs).axes[1].get_legend()
+        assert legend is not None
+        assert ("taught above" in [text.get_text() for text in legend.get_texts()]) == taught
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "pseudo (pseudo)",
         "mean (mean)",

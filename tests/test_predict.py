@@ -351,15 +351,18 @@ def test_mistakes_about_videos_end_with_exit_2(
         (str(tmp_path / "noise.mp4"), "out", [], "noise.mp4: cannot be opened as a video"),
         (str(tmp_path / "empty.avi"), "out", [], "empty.avi: cannot be opened as a video"),
         (str(tmp_path / "none.mp4"), "out", [], "none.mp4: no such file"),
-        (f"[{video}, {film}/walk.avi]", "out", [], "walk.mp4: a video goes alone"),
+        (f"[{video}, {film}/walk.avi]", "out", [], "walk.mp4: one video at a time"),
         (str(film), "out", [], "no picture in it"),
+        (f"{film}/*.avi", "out", [], "*.avi: one video at a time"),
         (video, str(film), [], "would be written over"),
         (f"{film}/walk.avi", str(film), [], "would be written over"),
-        (video, "file", [], "file: cannot be made"),
-        (video, "out", ["--boxes", late], "late.json: no box of a score of at least 0.0 for a frame of"),
+        (video, "file", [], "file is no folder; name another place"),
+        (video, "out", ["--boxes", late], "late.json: no box for a frame of"),
         (video, "out", ["--boxes", named], "named.json: neither COCO (images, annotations) nor a list of {image_id"),
         (video, "out", ["--boxes", odd], "odd.json: record 0: image_id '7' is no frame"),
         (video, "out", ["--boxes", odd, "--detector", "retinanet_resnet50_fpn_v2"], "leave one out"),
+        (video, "file/below/it", [], "file is no folder; name another place"),
+        (video, "out", ["--box_threshold", "0.5"], "box_threshold is given without boxes or detector"),
         (video, "out", ["--detector_weights", odd], "detector_weights is given without detector"),
         (video, "out", ["--detector", "retinanet_resnet50_fpn_v2", "--detector_weights", odd], "odd.json"),
         (video, "out", ["--batch_size", "0"], "batch_size is 0"),
@@ -440,7 +443,9 @@ def test_unreadable_pictures_are_counted_and_the_rest_is_done(
     assert "none of the 1 pictures can be read" in capsys.readouterr().err
 
 
-def test_patterns_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_and_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in (
         "x/frames/2.jpg",
         "x/frames/10.JPG",
@@ -466,6 +471,10 @@ def test_patterns_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tmp_path / "x",
         ["frames/10.JPG", "frames/2.jpg", "b/3.png"],
     )
+    (tmp_path / "x/b/film.AVI").touch()
+    capsys.readouterr()
+    assert listed("x") == listed("x/**/*.*") == (Path("x"), ["b/3.png", "frames/10.JPG", "frames/2.jpg"])
+    assert capsys.readouterr().err.count("left out: x/b/film.AVI: one video at a time") == 2
     for pattern, message in (
         ("x/*.webp", r"x/\*\.webp: no picture is named so"),
         ("x/frames/*.txt", "no picture is named so"),
@@ -518,7 +527,7 @@ def test_a_detector_finds_the_persons(
     Image.new("RGB", (600, 2)).save(folder / "c.png")
     detector = {"detector": "fasterrcnn_mobilenet_v3_large_320_fpn", "max_unreadable": 0.4}
     found = run(model, folder, tmp_path / "out", **detector, batch_size=3)
-    assert asked == [("fasterrcnn_mobilenet_v3_large_320_fpn", None, 0.5)]
+    assert asked == [("fasterrcnn_mobilenet_v3_large_320_fpn", None, 0.5, "--detector_weights")]
     run(model, folder, tmp_path / "low", **detector, box_threshold=0.1)
     assert asked[1][2] == 0.1
     boxes = [

@@ -277,6 +277,83 @@ def test_a_launch_stands_for_its_runs_with_their_evaluations(tmp_path: Path) -> 
         assert [its.metrics["AP"] for its in record.measured] == [aps[0.1, 1]]
 
 
+def test_seeds_with_several_evaluations_are_averaged(tmp_path: Path) -> None:
+    """Two evaluations of each run, as a launch names them; of the last seed one is missing."""
+    root, jobs, aps = tmp_path / "launched", [], {"learnt": [0.3, 0.36, 0.42], "searched": [0.5, 0.54]}
+    for seed in range(3):
+        run = f"tune/seed={seed}"
+        write_run(root / run, seed=seed)
+        jobs.append({"name": run, "stage": "tune", "command": "finetune", "axes": {"seed": seed}, "folder": run})
+        for output, values in aps.items():
+            name = f"judge/seed={seed}_output={output}"
+            axes = {"seed": seed, "decoding.output": output}
+            judge = {"name": name, "stage": "judge", "command": "evaluation test", "axes": axes, "upstream": [run]}
+            jobs.append({**judge, "folder": name})
+            if seed < len(values):
+                write_evaluation(root / name, {"AP": values[seed]}, {**PROTOCOL, "decode": output})
+    (root / "launch").mkdir()
+    (root / "launch" / "plan.json").write_text(json.dumps({"jobs": jobs}))
+    page = page_of(tmp_path / "r.html", root)
+    found, counts = page.column("Metrics", "AP"), page.column("Metrics", "n")
+    for output, values in aps.items():
+        title = f"tune: output={output}"
+        assert (found[title], counts[title]) == (
+            f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}",
+            f"{len(values)}",
+        )
+        for seed, value in enumerate(values):
+            assert found[f"tune/seed={seed}: output={output}"] == f"{value:.3f}"
+    assert len(found) == 2 + 5
+
+
+def test_what_is_lost_of_a_run_is_told_and_the_rest_shown(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", metrics={"AP": 0.5})
+    runs = {name: write_run(tmp_path / name, metrics={"AP": 0.5}) for name in ("blank", "silent", "noise", "folder")}
+    runs |= {name: write_run(tmp_path / name) for name in ("endless", "unclear", "alone")}
+    (runs["blank"] / "config.yaml").unlink()
+    (runs["silent"] / "metrics.jsonl").unlink()
+    (runs["noise"] / "metrics.jsonl").write_bytes(bytes(range(256)))
+    (runs["folder"] / "metrics.jsonl").unlink()
+    (runs["folder"] / "metrics.jsonl").mkdir()
+    (runs["endless"] / "status.json").unlink()
+    (runs["unclear"] / "done.json").unlink()
+    page = page_of(tmp_path / "r.html", good, *runs.values())
+    for line in (
+        "blank: config.yaml: missing",
+        "silent: metrics.jsonl: missing",
+        "noise: metrics.jsonl: holds no row that can be read",
+        "folder: metrics.jsonl: cannot be read (Is a directory)",
+        "endless: status.json: missing",
+        "unclear: done.json: missing or empty, though status.json says done",
+        "alone: not evaluated",
+    ):
+        assert page.text.count(line) == 1
+    assert "good: " not in page.text.partition("How it was made")[0].replace("good: 0.5 at step", "")
+    steps, states = (page.column("Every run of this report", name) for name in ("steps", "state"))
+    assert (steps["endless"], steps["silent"]) == ("20 of -", "20 of 40")
+    assert (states["unclear"], states["blank"]) == ("unknown", "done")
+    assert set(page.column("Metrics", "AP").values()) == {"0.500"}
+    assert "Best" not in page.text  # all are alike
+    assert "AP: ." not in page.text
+    assert page.column("How the runs were made", "command")["blank"] == "-"
+
+
+def test_what_differs_fits_on_paper(tmp_path: Path) -> None:
+    """Seeds share a column, and no table has more than six of them."""
+    names = [f"field{n}" for n in range(30)]
+    runs = [
+        write_run(tmp_path / f"lr{number}_seed={seed}", seed=seed, settings=dict.fromkeys(names, number))
+        for number in range(7)
+        for seed in range(3)
+    ]
+    page = page_of(tmp_path / "r.html", *runs)
+    first, second = page.tables["finetune: fields (1 of 2)"], page.tables["finetune: fields (2 of 2)"]
+    assert first[0] == ["field", *(f"lr{number} (3 runs)" for number in range(4))]
+    assert second[0] == ["field", *(f"lr{number} (3 runs)" for number in range(4, 7))]
+    assert page.column("finetune: fields (2 of 2)", "lr5 (3 runs)")["settings.field3"] == "5"
+    assert page.column("finetune: fields (2 of 2)", "lr5 (3 runs)")["seed"] == "0, 1, 2"
+
+
 def test_an_evaluation_alone_and_a_trainings_own_validation(tmp_path: Path) -> None:
     alone = write_evaluation(tmp_path / "scores", {"AP": 0.4, "AR": None})
     own = write_run(tmp_path / "own")
@@ -542,6 +619,9 @@ def test_the_page_in_a_browser(people: Path, judged: Path, tmp_path: Path) -> No
             assert min(texts) > 9  # CSS pixels, on the screen
         assert page.evaluate("document.images.length > 0 && [...document.images].every(i => i.naturalWidth > 0)")
         page.call("Emulation.setEmulatedMedia", media="print")
+        page.open(out.as_uri(), 690)  # A4 within its margins
+        wider = "[...document.querySelectorAll('section:not(#metrics) .scroll')].map(s => s.scrollWidth)"
+        assert max(page.evaluate(wider)) <= 690
         folded = "[...document.querySelectorAll('details')].every(d => d.getBoundingClientRect().height > 60)"
         assert page.evaluate(folded)  # what is folded on the screen is printed
         assert page.pdf().startswith(b"%PDF")
