@@ -288,32 +288,37 @@ def metrics_section(report: Report) -> str:
     if not names:
         return ""
     digits = {name: digits_of(report.rows, name) for name in names}
-    rows: list[list[str]] = []
-    classes: list[str] = []
     best = {name: [id(row) for row in best_rows(report.rows, name, digits[name])] for name in names}
     alone = {row.protocol: sum(other.protocol == row.protocol for other in report.rows) == 1 for row in report.rows}
-    for row in report.rows:
-        cells = [
-            best_cell(cell(row, name, digits[name]), id(row) in best[name] and not alone[row.protocol])
-            for name in names
-        ]
-        rows.append([escape(row.title), str(len(row.entries)), str(row.protocol), *cells])
-        classes.append("group")
-        for entry in row.entries if len(row.entries) > 1 else []:
-            values = [figure_of(entry.measured.metrics.get(name), digits[name]) for name in names]
-            rows.append([breakable(entry.name), "", "", *values])
+
+    def part(names: Sequence[str]) -> str:
+        rows: list[list[str]] = []
+        classes: list[str] = []
+        for row in report.rows:
+            cells = [
+                best_cell(cell(row, name, digits[name]), id(row) in best[name] and not alone[row.protocol])
+                for name in names
+            ]
+            rows.append([escape(row.title), str(len(row.entries)), str(row.protocol), *cells])
+            classes.append("group")
+            for entry in row.entries if len(row.entries) > 1 else []:
+                values = [figure_of(entry.measured.metrics.get(name), digits[name]) for name in names]
+                rows.append([breakable(entry.name), "", "", *values])
+                classes.append("member")
+        for place, values in baselines(report.rows):
+            cells = [figure_of(values.get(name), digits[name]) for name in names]
+            rows.append(["mean pose (baseline)", "", str(place), *cells])
             classes.append("member")
-    for place, values in baselines(report.rows):
-        cells = [figure_of(values.get(name), digits[name]) for name in names]
-        rows.append(["mean pose (baseline)", "", str(place), *cells])
-        classes.append("member")
+        return table(["run", "n", "protocol", *names], rows, caption="Metrics", classes=classes, safe=True, numbers=1)
+
     several = any(len(row.entries) > 1 for row in report.rows)
     text = "Bold: the best of its protocol. " if any(best.values()) and not all(alone.values()) else ""
     text += "Mean ± sample standard deviation over n runs that differ in their seed alone. " if several else ""
     if len(report.rows) > 1:
         text += "<code>evaluation compare</code> tells whether a difference is more than chance."
-    drawn = table(["run", "n", "protocol", *names], rows, caption="Metrics", classes=classes, safe=True, numbers=1)
-    return f"<p>{text}</p>{drawn}"
+    across = 4 if several else 7  # that many fit a printed page
+    parts = [part(names[start : start + across]) for start in range(0, len(names), across)]
+    return f"<p>{text}</p>{''.join(parts)}"
 
 
 def curves_section(report: Report) -> str:

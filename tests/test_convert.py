@@ -1015,3 +1015,8 @@ def test_sizes_are_read_from_headers(tmp_path: Path) -> None:
         Pictures(tmp_path / "images", 0.001).sizes(names)
     with pytest.raises(UserError, match=r"absent: no such folder of pictures"):
         Pictures(tmp_path / "absent", 1).sizes(names)
+
+
+def test_the_file_is_named_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("coco", tmp_path / "absent.json", tmp_path / "out.txt") == 2
+    assert "expected a name that ends in .json" in capsys.readouterr().err

@@ -237,6 +237,8 @@ def test_without_internet_the_remedy_is_named(
     assert (
         f"fetch {url} on a machine with internet access, and give it as --weights or put it at {cache}" in printed.err
     )
+    with pytest.raises(UserError, match="and give it as --detector_weights or put it at"):
+        build_detector("fasterrcnn_resnet50_fpn_v2", None, 0.5, "--detector_weights")
     cache.write_bytes(b"half")
     assert main(arguments(folder, tmp_path / "out/d.json")) == 2
     assert "in place of a damaged one" in capsys.readouterr().err

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from poserelay.drawing import FIRST_SIDE, MIDLINE, OUTLINE, SECOND_SIDE, contact_sheet, draw_poses
+from poserelay.drawing import FIRST_SIDE, MIDLINE, SECOND_SIDE, contact_sheet, draw_poses
 from poserelay.keypoints import Skeleton
 
 SKELETON = Skeleton(

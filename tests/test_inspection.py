@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torchvision
 
+from poserelay.__main__ import main as run_poserelay
 from poserelay.config import InputConfig, InspectConfig, ModelConfig, Named
 from poserelay.errors import UserError
 from poserelay.inspection import format_inspection, inspect_model, main
@@ -210,3 +211,8 @@ def test_the_text_and_the_json_hold_the_same_figures(capsys: pytest.CaptureFixtu
 def test_a_wrong_name_is_a_user_error() -> None:
     with pytest.raises(UserError, match="resnet51"):
         inspect_model(pose("resnet51", "simple"))
+
+
+def test_a_model_without_a_backbone_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_poserelay(["inspect", "--data", "x.json", "--model", "{}"]) == 2
+    assert capsys.readouterr().err == "error: field 'model.backbone.name' is missing; give it, or leave 'model' out\n"

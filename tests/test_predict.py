@@ -165,8 +165,9 @@ def test_the_drawn_video_keeps_rate_size_and_frames(model: str, film: Path, tmp_
         scores = np.array([record["score"] for record in own])
         given = (triples[..., :2], triples[..., 2], SKELETON)
         expected = draw_poses(original[..., ::-1], *given, threshold=-100, confidence=True, pose_scores=scores)
-        assert np.abs(expected[..., ::-1].astype(int) - frame).mean() < 7
-        assert (np.abs(original.astype(int) - frame).mean() < 7) == (not own)
+        lost = np.abs(expected[..., ::-1].astype(int) - frame).mean()
+        assert lost < 7
+        assert (lost < 0.8 * np.abs(original.astype(int) - frame).mean()) == bool(own)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "boxes.json",
         "overview.jpg",
