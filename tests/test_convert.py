@@ -948,7 +948,8 @@ def test_posetrack18_real(tmp_path: Path) -> None:
 def test_out_is_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path, crowdpose_file())
     assert "is no crowdpose file that we converted" in refusal(capsys, "crowdpose", source, source)
-    assert "is no crowdpose file that we converted" in refusal(capsys, "crowdpose", source, tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    assert "is no crowdpose file that we converted" in refusal(capsys, "crowdpose", source, tmp_path / "folder.json")
     out = tmp_path / "out.json"
     assert convert("crowdpose", source, out) == 0
     assert capsys.readouterr().out == f"{out}\n"
