@@ -44,6 +44,8 @@ def write_run(folder: Path, annotations: CocoAnnotations, seed: int) -> str:
     rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses.tolist())]
     rows += [{"kind": "validation", "step": step, "AP": step / STEPS} for step in range(0, STEPS, 100)]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    status = {"stage": "finetune", "state": "done", "step": rows[-1]["step"], "total": rows[-1]["step"]}
+    (folder / "status.json").write_text(json.dumps(status))
     (folder / "done.json").write_text(json.dumps({"stage": "finetune", "metrics": {}}))
     joints, persons = annotations.joints, annotations.persons
     metrics = {"PCK": 0.5 + seed / 100} | {f"PCK/{joint}": rng.uniform() for joint in joints}
