@@ -136,7 +136,7 @@ SIZES = st.integers(2, 8)
 
 
 @given(SIZES, SIZES, st.integers(1, 3), st.sampled_from(["hrnet", "udp"]), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_resampling_equals_a_naive_loop(height: int, width: int, ratio: int, alignment: Any, seed: int) -> None:
     maps = torch.randn(2, height, width, generator=torch.Generator().manual_seed(seed)).double()
     size = (height * ratio, width * ratio)

@@ -65,7 +65,11 @@ def test_ccm_has_the_parameters_of_its_tables(
 
 
 @pytest.mark.parametrize(
-    ("backbone", "width", "printed", "gflops"), [("hrnet_w32", 32, 27e3, 7.92), ("hrnet_w48", 48, 61e3, 36.6)]
+    ("backbone", "width", "printed", "gflops"),
+    [
+        ("hrnet_w32", 32, 27e3, 7.92),
+        pytest.param("hrnet_w48", 48, 61e3, 36.6, marks=pytest.mark.slow),
+    ],
 )
 def test_what_ccm_adds_to_hrnet(backbone: str, width: int, printed: float, gflops: float) -> None:
     size = (256, 192) if width == 32 else (384, 288)

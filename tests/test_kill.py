@@ -47,9 +47,7 @@ def being_written(folder: Path, name: str, process: int) -> Callable[[], bool]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=() if stage == "contrast" else pytest.mark.slow) for stage in LOOPS]
-)
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in LOOPS])
 def test_killed_while_a_file_is_replaced(people: Path, tmp_path: Path, stage: str) -> None:
     main, arguments = STAGES[stage]
     large = ("--model.backbone", "{name: resnet18, kwargs: {}}", "--save_every", "3")  # long enough writes to hit
@@ -79,7 +77,7 @@ def test_killed_at_random_moments(people: Path, tmp_path: Path, stage: str, work
     seconds = time.monotonic() - began
     chance = random.Random(7)
     cut = arguments(people, tmp_path / "cut", *epochs)
-    for _ in range(3):
+    for _ in range(2):
         process = start(main, cut, tmp_path / "log")
         time.sleep(chance.uniform(0.02, 0.8 * seconds))
         kill(process)
@@ -97,7 +95,9 @@ def on_a_full_disk(main: Callable[[list[str]], int]) -> Callable[[list[str]], in
     return limited
 
 
-@pytest.mark.parametrize("stage", LOOPS)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage in ("finetune", "semi") else pytest.mark.slow) for stage in LOOPS]
+)
 def test_a_full_disk_leaves_the_last_state(people: Path, tmp_path: Path, stage: str) -> None:
     main, arguments = STAGES[stage]
     assert finish(start(main, arguments(people, tmp_path / "whole"), tmp_path / "log")) == 0

@@ -221,9 +221,9 @@ def test_distillation_is_the_mean_over_views_brought_back() -> None:
 
 def test_distillation_teaches_at_the_crops_edge_too() -> None:
     """A teacher that is right on every view is sure of joints that some views do not show."""
-    batch = crops(20, 9)
+    batch = crops(12, 9)
     batch.visibility[:] = 2
-    batch.keypoints[:, 3] = 5.9 * torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+    batch.keypoints[:, 3] = 5.9 * torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
 
     class Right(nn.Module):
         """Draws the joints where they are; it is told how each view was turned by the pictures, which hold places."""
