@@ -42,6 +42,7 @@ def test_three_hundred_steps_overfit_32_persons(tmp_path: Path, capsys: pytest.C
         "augmentation": {"rotation_probability": 0, "scale": 0, "flip_probability": 0},
         "sigma": 1.5,
         "workers": 1,
+        "threads": 1,  # the suite runs a test on each core
         "run_dir": str(tmp_path / "run"),
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
