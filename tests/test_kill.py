@@ -19,8 +19,8 @@ from pretrain.__main__ import main as pretrain
 from .processes import finish, kill, start
 from .test_training import STAGES, assert_same_run, pretrain_arguments
 
-# CCM is trained by fine-tuning's loop, which writes its files: what it adds, phases, is killed at random moments alone.
-LOOPS = [stage for stage in STAGES if stage not in ("ccm", "cir")]
+# The others are trained by the same loops or write by the same code: what they add is killed at random moments alone.
+LOOPS = ("finetune", "pretrain", "semi")
 
 
 def kill_when(process: int, seen: Callable[[], bool], seconds: float = 60) -> bool:
