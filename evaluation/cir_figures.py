@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from poserelay.datasets.coco import check_images_exist, read_coco
+from poserelay.datasets.coco import check_images_exist, read_coco, read_json
 from poserelay.datasets.sampling import draw_generator, evenly
 from poserelay.datasets.topdown import read_annotated
 from poserelay.drawing import draw_poses
@@ -158,9 +158,10 @@ def read_judged(config: VisualizeConfig) -> tuple[Truth, Skeleton, list[Judged]]
 
 def read_truth(config: VisualizeConfig) -> tuple[Truth, Skeleton]:
     """The truth and its skeleton. Raises UserError for a file without a labelled person, and as `read_coco`."""
-    annotations = read_coco(str(config.annotations))
+    data = read_json(Path(str(config.annotations)))
+    annotations = read_coco(str(config.annotations), data)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, str(config.annotations))
-    truth = scored_truth(annotations, skeleton)
+    truth = scored_truth(annotations, skeleton, data=data)
     if not len(truth.counted.persons):
         raise UserError(f"{annotations.path}: holds no person with a labelled joint; take a file with the truth")
     return truth, skeleton

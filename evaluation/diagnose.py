@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from poserelay.datasets.coco import read_coco
+from poserelay.datasets.coco import read_coco, read_json
 from poserelay.errors import UserError
 from poserelay.keypoints import Skeleton, resolve_skeleton
 from poserelay.oks import soft_nms
@@ -22,7 +22,6 @@ from poserelay.scoring import (
     Truth,
     check_results,
     oks_area,
-    read_parsed,
     read_results,
     results_that_count,
     scored_truth,
@@ -61,9 +60,10 @@ def main(config: DiagnoseConfig) -> dict[str, Any]:
     """Print, write and return `diagnose`'s dict. Raises UserError for a file or record that cannot be used."""
     if config.annotations.endswith(".mat"):
         raise UserError(f"{config.annotations}: diagnose reads COCO JSON; `poserelay convert` makes it of MPII's files")
-    annotations = read_coco(config.annotations)
+    data = read_json(Path(config.annotations))
+    annotations = read_coco(config.annotations, data)
     skeleton = resolve_skeleton(config.skeleton, annotations.category, config.annotations)
-    truth = scored_truth(annotations, skeleton)
+    truth = scored_truth(annotations, skeleton, data=data)
     results: Sequence[Mapping[str, Any]] = read_results(config.predictions)
     joints = len(annotations.joints)
     check_results(results, annotations.image_ids, annotations.category["id"], joints, config.predictions)
@@ -118,7 +118,7 @@ def diagnose(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skele
             "good_from": HUMAN,
             "crowding": f"box IoU above {OVERLAP}",
             "sigmas": sigma_source(skeleton),
-            "oks_area": oks_area(read_parsed(truth.file.path)),
+            "oks_area": oks_area(truth.parsed),
             "poses_per_image": POSES_PER_IMAGE,
             **truth.protocol,
         },

@@ -38,34 +38,6 @@ BREAKDOWNS = {
 }
 
 
-def error_bars(diagnosis: Mapping[str, Any]) -> Figure:
-    """The shares of each kind of error of every joint, stacked; the share of good joints beside each bar."""
-    figure = Figure(figsize=(6.4, 1.5 + 0.27 * (1 + len(diagnosis["errors"]["joints"]))), layout="constrained")
-    _draw_errors(figure, diagnosis)
-    return figure
-
-
-def gains(diagnosis: Mapping[str, Any]) -> Figure:
-    """The AP that correcting each kind of error alone would gain."""
-    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-    _draw_gains(figure, diagnosis)
-    return figure
-
-
-def reliability(diagnosis: Mapping[str, Any]) -> Figure:
-    """Mean OKS against mean score of the bins of the calibration, and how many poses each holds."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    _draw_reliability(figure, diagnosis)
-    return figure
-
-
-def breakdown(diagnosis: Mapping[str, Any]) -> Figure:
-    """The shares of each kind of error, and AR, by size, by crowding and by labelled joints."""
-    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
-    _draw_breakdown(figure, diagnosis)
-    return figure
-
-
 def overview(diagnosis: Mapping[str, Any]) -> Figure:
     """All four on one page."""
     tall = max(6.2, 1.5 + 0.27 * (1 + len(diagnosis["errors"]["joints"])))
@@ -74,10 +46,10 @@ def overview(diagnosis: Mapping[str, Any]) -> Figure:
     top, bottom = halves
     left, right = top.subfigures(1, 2, wspace=0.02)
     upper, lower = right.subfigures(2, 1, height_ratios=(2.8, 3.4), hspace=0.02)
-    _draw_errors(left, diagnosis)
-    _draw_gains(upper, diagnosis)
-    _draw_reliability(lower, diagnosis)
-    _draw_breakdown(bottom, diagnosis)
+    draw_errors(left, diagnosis)
+    draw_gains(upper, diagnosis)
+    draw_reliability(lower, diagnosis)
+    draw_breakdown(bottom, diagnosis)
     protocol = diagnosis["protocol"]
     source = f"{protocol['predictions']} on {protocol['split']}" if "predictions" in protocol else protocol["split"]
     figure.suptitle(
@@ -88,7 +60,8 @@ def overview(diagnosis: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_errors(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+def draw_errors(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+    """The shares of each kind of error of every joint, stacked; the share of good joints beside each bar."""
     errors = diagnosis["errors"]
     rows = {"all joints": {**errors["all"], "labels": errors["labels"]}, **errors["joints"]}
     axes = figure.subplots()
@@ -107,7 +80,8 @@ def _draw_errors(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> No
     _legend(figure, "outside lower center")
 
 
-def _draw_gains(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+def draw_gains(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+    """The AP that correcting each kind of error alone would gain."""
     found = [diagnosis["gains"][name]["AP"] for name in GAINS]
     axes = figure.subplots()
     values = [value or 0.0 for value in found]
@@ -136,7 +110,8 @@ def _draw_gains(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> Non
     _quiet(axes, "x")
 
 
-def _draw_reliability(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+def draw_reliability(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+    """Mean OKS against mean score of the bins of the calibration, and how many poses each holds."""
     its = diagnosis["calibration"]
     bins = its["bins"]
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -162,7 +137,8 @@ def _draw_reliability(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) 
         _quiet(axes, "y")
 
 
-def _draw_breakdown(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+def draw_breakdown(figure: Figure | SubFigure, diagnosis: Mapping[str, Any]) -> None:
+    """The shares of each kind of error, and AR, by size, by crowding and by labelled joints."""
     panels: Sequence[Axes] = figure.subplots(1, len(BREAKDOWNS), sharex=True)
     for axes, (key, title) in zip(panels, BREAKDOWNS.items(), strict=True):
         rows = diagnosis["by"][key]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from poserelay.keypoints import Skeleton
-from poserelay.scoring import POSES_PER_IMAGE, Truth, order_of_file, read_parsed
+from poserelay.scoring import POSES_PER_IMAGE, Truth, order_of_file
 
 from .joint_accuracy import oks_areas
 
@@ -232,7 +232,7 @@ def scene_of(truth: Truth, results: Sequence[Mapping[str, Any]], skeleton: Skele
     `results` are valid, in the joints that are scored, and those that count (`scoring.results_that_count`).
     """
     counted = truth.counted
-    data = read_parsed(truth.file.path)
+    data = truth.parsed
     kept = np.ones(len(counted.ids), dtype=bool)
     kept[truth.common.persons] = truth.rows
     rank = np.empty(len(counted.image_ids), dtype=np.int64)

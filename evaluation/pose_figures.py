@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from poserelay.datasets.coco import CocoAnnotations, check_images_exist, read_json
+from poserelay.datasets.coco import CocoAnnotations, check_images_exist
 from poserelay.datasets.sampling import evenly
 from poserelay.datasets.topdown import read_annotated
 from poserelay.drawing import draw_poses
@@ -121,7 +121,7 @@ def own_poses(name: str, truth: Truth, results: Sequence[Mapping[str, Any]], ske
     counted = truth.counted
     persons, joints = counted.persons, len(counted.joints)
     sigmas = [skeleton.sigmas[joint] for joint in order_of_file(skeleton, counted.joints)]
-    areas = torch.from_numpy(oks_areas(counted, read_json(counted.path))[persons])
+    areas = torch.from_numpy(oks_areas(counted, truth.parsed)[persons])
     labels, visibility = (torch.from_numpy(values[persons]) for values in (counted.keypoints, counted.visibility))
     triples = np.array([record["keypoints"] for record in results], dtype=np.float64).reshape(-1, joints, 3)
     rows = {image_id: row for row, image_id in enumerate(counted.image_ids)}

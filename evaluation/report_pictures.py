@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from poserelay.datasets.coco import check_images_exist, read_coco
+from poserelay.datasets.coco import check_images_exist, read_coco, read_json
 from poserelay.errors import UserError
 from poserelay.keypoints import Skeleton, resolve_skeleton
 from poserelay.scoring import Truth, results_that_count, scored_truth
@@ -62,9 +62,10 @@ class Looker:
 
     def __init__(self, config: ReportConfig) -> None:
         """Raises UserError for an annotation file or a folder of pictures that cannot be used."""
-        annotations = read_coco(str(config.annotations))
+        data = read_json(Path(str(config.annotations)))
+        annotations = read_coco(str(config.annotations), data)
         self.skeleton: Skeleton = resolve_skeleton(config.skeleton, annotations.category, str(config.annotations))
-        self.truth: Truth = scored_truth(annotations, self.skeleton)
+        self.truth: Truth = scored_truth(annotations, self.skeleton, data=data)
         persons = self.truth.counted.persons
         if not len(persons):
             raise UserError(f"{annotations.path}: holds no person with a labelled joint; take a file with the truth")

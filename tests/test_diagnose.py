@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from evaluation.__main__ import main
 from evaluation.diagnose import diagnose, format_diagnosis, optimal_scores, others_around
-from evaluation.diagnosis_figures import breakdown, error_bars, gains, overview, reliability
+from evaluation.diagnosis_figures import draw_breakdown, draw_errors, draw_gains, draw_reliability, overview
 from evaluation.error_types import GOOD, INVERSION, JITTER, KINDS, MISS, SWAP, ErrorTypes, classify, error_types
 from evaluation.oks_matching import THRESHOLDS, Scene, precision_of, scene_of
 from poserelay.datasets.coco import read_coco
@@ -604,16 +606,22 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_charts_show_the_numbers(tmp_path: Path) -> None:
     data, results = crowd(1)
     found = diagnose(read_truth(tmp_path / "a.json", data), results, ANIMAL)
-    (axes,) = error_bars(found).axes
-    widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])  # type: ignore[attr-defined]
+
+    def drawn(draw: Callable[[Figure, Any], None]) -> list[Any]:
+        figure = Figure()
+        draw(figure, found)
+        return figure.axes
+
+    (axes,) = drawn(draw_errors)
+    widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
     rows = [found["errors"]["all"], *found["errors"]["joints"].values()]
     assert widths == pytest.approx(np.array([[row[kind] for row in rows] for kind in KINDS[1:]]))
-    (axes,) = gains(found).axes
-    assert [bar.get_width() for bar in axes.containers[0]] == [its["AP"] for its in found["gains"].values()]  # type: ignore[attr-defined]
-    upper, lower = reliability(found).axes
-    assert [bar.get_height() for bar in lower.containers[0]] == [its["poses"] for its in found["calibration"]["bins"]]  # type: ignore[attr-defined]
+    (axes,) = drawn(draw_gains)
+    assert [bar.get_width() for bar in axes.containers[0]] == [its["AP"] for its in found["gains"].values()]
+    upper, lower = drawn(draw_reliability)
+    assert [bar.get_height() for bar in lower.containers[0]] == [its["poses"] for its in found["calibration"]["bins"]]
     assert f"{found['calibration']['error']:.3f}" in upper.get_title()
-    texts = [text.get_text() for axes in breakdown(found).axes for text in axes.texts]
+    texts = [text.get_text() for axes in drawn(draw_breakdown) for text in axes.texts]
     recalls = [its["AR"] for key in ("size", "crowding", "visible_joints") for its in found["by"][key]]
     assert texts == ["nobody" if recall is None else f"AR {recall:.3f}" for recall in recalls]
     nothing = diagnose(read_truth(tmp_path / "a.json", data), [], ANIMAL)
